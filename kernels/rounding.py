@@ -1,0 +1,80 @@
+"""Rounding weights so that the layer's output, not the weight, changes least."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxq.kernels._jit import kernel
+
+__all__ = ["gptq", "inverse_factor", "shrink"]
+
+
+def shrink(gram: np.ndarray, count: int) -> np.ndarray:
+    """A second moment drawn towards its diagonal by as much as its sampling noise deserves.
+
+    The intensity is the one of least expected squared error for normal data.
+
+    Args:
+        gram: Second moments, float64 [K, K].
+        count: Samples that it is the mean of.
+
+    Source: Schaefer and Strimmer 2005, target D; Gaussian variance of the entries.
+    """
+    diagonal = np.diag(gram)
+    off = gram - np.diag(diagonal)
+    signal = np.square(off).sum()
+    noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
+    intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
+    return (1 - intensity) * off + np.diag(diagonal)
+
+
+def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
+    """The upper triangular U with (gram + damping * I)^-1 = U^T U, float32 [K, K].
+
+    Raises:
+        numpy.linalg.LinAlgError: The matrix is not positive definite, damping or not.
+    """
+    size = gram.shape[0]
+    # With the order of rows and columns reversed, a lower Cholesky factor of the matrix becomes an
+    # upper one; inverting a triangle is stabler than inverting the matrix first.
+    lower = np.linalg.cholesky((gram + damping * np.eye(size))[::-1, ::-1])
+    upper = lower[::-1, ::-1]
+    return np.ascontiguousarray(np.linalg.solve(upper, np.eye(size)), np.float32)
+
+
+@kernel
+def gptq(
+    weight: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    qmin: int,
+    qmax: int,
+    factor: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Round each row column by column, the rest of the row making up for each column's error.
+
+    Minimises (q - w) H (q - w)^T greedily, H being the second moment of the layer's input.
+
+    Args:
+        weight: float32 [O, K]; used as scratch.
+        scale: float32 [O].
+        zero: Zero points, int32 [O].
+        qmin: Least integer.
+        qmax: Greatest integer.
+        factor: U with H^-1 = U^T U, upper triangular, float32 [K, K].
+        out: Values on the grid, float32 [O, K].
+
+    Source: Frantar et al. 2022 (arXiv 2210.17323).
+    """
+    rows, columns = weight.shape
+    for o in range(rows):
+        row = weight[o]
+        s = scale[o]
+        for k in range(columns):
+            q = min(max(np.rint(row[k] / s) + zero[o], qmin), qmax) - zero[o]
+            value = np.float32(q * s)
+            out[o, k] = value
+            step = (row[k] - value) / factor[k, k]
+            for j in range(k + 1, columns):
+                row[j] -= step * factor[k, j]

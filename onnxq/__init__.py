@@ -1,0 +1,80 @@
+"""onnxq: model compression as passes over ONNX graphs.
+
+>>> import onnxq
+>>> onnxq.quantize("in.onnx", "out.onnx", "data/")  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from onnxq.version import __version__
+
+if TYPE_CHECKING:
+    from onnxq.api import compare, inspect, quantize, run
+    from onnxq.calibration import Calibration
+    from onnxq.encoding import Encoding, Encodings, Format
+    from onnxq.errors import OnnxqError
+    from onnxq.model import Model, load
+    from onnxq.pass_manager import Changes, Context, Pass, PassManager
+    from onnxq.pictures import Preprocess
+    from onnxq.recipe import Recipe
+    from onnxq.report import Report
+    from onnxq.statistics import Statistics
+
+__all__ = [
+    "Calibration",
+    "Changes",
+    "Context",
+    "Encoding",
+    "Encodings",
+    "Format",
+    "Model",
+    "OnnxqError",
+    "Pass",
+    "PassManager",
+    "Preprocess",
+    "Recipe",
+    "Report",
+    "Statistics",
+    "__version__",
+    "compare",
+    "inspect",
+    "load",
+    "quantize",
+    "run",
+]
+
+# Loaded at first use: `onnxq --help` must not wait for onnxruntime and numba.
+_HOMES = {
+    "Calibration": "onnxq.calibration",
+    "Changes": "onnxq.pass_manager",
+    "Context": "onnxq.pass_manager",
+    "Encoding": "onnxq.encoding",
+    "Encodings": "onnxq.encoding",
+    "Format": "onnxq.encoding",
+    "Model": "onnxq.model",
+    "OnnxqError": "onnxq.errors",
+    "Pass": "onnxq.pass_manager",
+    "PassManager": "onnxq.pass_manager",
+    "Preprocess": "onnxq.pictures",
+    "Recipe": "onnxq.recipe",
+    "Report": "onnxq.report",
+    "Statistics": "onnxq.statistics",
+    "compare": "onnxq.api",
+    "inspect": "onnxq.api",
+    "load": "onnxq.model",
+    "quantize": "onnxq.api",
+    "run": "onnxq.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'onnxq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

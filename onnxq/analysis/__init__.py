@@ -1,0 +1,1 @@
+"""Facts about a graph: what it costs, how far two models are apart, what fuses."""

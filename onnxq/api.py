@@ -1,0 +1,375 @@
+"""The verbs of the command line as typed functions."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxq import encodings_json, recipe
+from onnxq.analysis import cost, error, fusion, latency
+from onnxq.calibration import Calibration, Samples
+from onnxq.errors import ModelError, OnnxqError, RecipeError
+from onnxq.model import Model, load
+from onnxq.pass_manager import Context, Pass, PassManager, options
+from onnxq.passes import Calibrate, LoadEncodings
+from onnxq.progress import Progress
+from onnxq.recipe import Recipe
+from onnxq.report import Report
+from onnxq.runtime import Session, versions
+from onnxq.statistics import Statistics
+from onnxq.targets import Target
+from onnxq.version import __version__
+
+__all__ = ["Comparison", "Inspection", "compare", "inspect", "quantize", "run"]
+
+# Samples on which float and quantized outputs are compared at the end of a run.
+CHECK_SAMPLES = 32
+
+
+def quantize(
+    source: str | os.PathLike[str] | Model,
+    destination: str | os.PathLike[str] | None = None,
+    calib: Any = None,
+    *,
+    recipe: str | os.PathLike[str] | Recipe = "default",
+    target: str | Target | None = None,
+    weights: str | None = None,
+    activations: str | None = None,
+    method: str | None = None,
+    exclude: Sequence[str] = (),
+    limit: int | None = None,
+    preprocess: Any = None,
+    encodings: str | os.PathLike[str] | None = None,
+    statistics: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Model, Report]:
+    """Quantize a float model to integers.
+
+    Args:
+        source: The float model; never changed.
+        destination: Where the Q/DQ model is written, whole or not at all; None: nowhere.
+        calib: Calibration samples in any form that `Calibration` takes.
+        recipe: Name or file of the passes to run.
+        target: What the model is to run on; None: the recipe's.
+        weights: Format of weights, such as int8/channel; None: the recipe's.
+        activations: Format of activations, such as uint8; None: the recipe's.
+        method: How activation ranges are chosen; None: the recipe's.
+        exclude: Globs on node names and operator types that stay in float.
+        limit: Use at most so many samples.
+        preprocess: Preset or TOML file that turns pictures into inputs.
+        encodings: Encodings to use instead of calibrating.
+        statistics: A file in which calibration statistics are kept for the next run.
+        seed: Seed of every random choice.
+        threads: Threads for onnxruntime; 0 for all cores.
+        progress: Where progress is shown.
+
+    Returns:
+        The quantized model, and the report with its measured facts.
+
+    Raises:
+        OnnxqError: Anything that the user can mend.
+    """
+    chosen = _recipe(recipe)
+    wanted = {"weights": weights, "activations": activations, "method": method}
+    given = {k: v for k, v in wanted.items() if v is not None}
+    if exclude:
+        given["exclude"] = tuple(exclude)
+    steps = _with_options(chosen.passes, given)
+    if encodings is not None:
+        steps = _with_encodings(steps, Path(encodings))
+    return run(
+        dataclasses.replace(chosen, passes=steps),
+        source,
+        destination,
+        calib,
+        target=target,
+        limit=limit,
+        preprocess=preprocess,
+        statistics=statistics,
+        seed=seed,
+        threads=threads,
+        progress=progress,
+    )
+
+
+def run(
+    recipe: str | os.PathLike[str] | Recipe,
+    source: str | os.PathLike[str] | Model,
+    destination: str | os.PathLike[str] | None = None,
+    calib: Any = None,
+    *,
+    target: str | Target | None = None,
+    limit: int | None = None,
+    preprocess: Any = None,
+    statistics: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Model, Report]:
+    """Run any recipe; the arguments are those of `quantize`."""
+    chosen = _recipe(recipe)
+    _check_destination(source, destination)
+    before = load(source)
+    if any(n.op in ("QuantizeLinear", "DequantizeLinear") for n in before.graph.nodes):
+        raise ModelError(
+            "the model is quantized already", where=before.path, fix="give the float model"
+        )
+    data = None if calib is None else _calibration(calib, limit, preprocess)
+    kept = None if statistics is None else Path(statistics)
+    ctx = Context(
+        data,
+        seed=seed,
+        target=target or chosen.target or "ort-cpu",
+        threads=threads,
+        progress=progress,
+        statistics=_known_statistics(kept, before),
+    )
+    after = before.clone()
+    manager = PassManager(*chosen.passes)
+    manager.apply(after, ctx)
+    report = ctx.report
+    report.notes[:0] = after.notes
+    after.set_metadata("onnxq.version", __version__)
+    after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
+    _measure(report, before, after, ctx)
+    if kept is not None and ctx.observed is not None and not kept.exists():
+        ctx.observed.metadata["model"] = before.digest()
+        ctx.observed.save(kept)
+    if destination is not None:
+        after.save(destination)
+        report.facts["bytes"]["after"] = _bytes(Path(destination))
+    return after, report
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a model is from its float version.
+
+    Args:
+        outputs: Errors per output.
+        bytes: File sizes: float, other.
+        latency_ms: Median milliseconds per sample: float, other; empty if not timed.
+        samples: How many samples were compared.
+        threads: Threads of onnxruntime while timing; 0 for all cores.
+    """
+
+    outputs: list[error.OutputError]
+    bytes: tuple[int, int]
+    latency_ms: tuple[float, ...]
+    samples: int
+    threads: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "outputs": [o.to_dict() for o in self.outputs],
+            "bytes": {"float": self.bytes[0], "other": self.bytes[1]},
+            "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
+            "samples": self.samples,
+            "threads": self.threads,
+        }
+
+
+def compare(
+    reference: str | os.PathLike[str],
+    other: str | os.PathLike[str],
+    data: Any,
+    *,
+    limit: int | None = None,
+    preprocess: Any = None,
+    threads: int = 0,
+    timed: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two models output by output on the same samples.
+
+    Raises:
+        OnnxqError: A model or a sample cannot be read, or their signatures differ.
+    """
+    ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
+    paths = [Path(p) for p in (reference, other)]
+    sessions = [Session(load(p).to_proto(), threads=threads) for p in paths]
+    assert ctx.data is not None
+    samples = ctx.data.bind(sessions[0].inputs)
+    with ctx.progress.task("compare", samples.length) as advance:
+        outputs = error.compare(sessions[0], sessions[1], samples, advance)
+    times: tuple[float, ...] = ()
+    if timed:
+        with ctx.progress.task("time", None):
+            times = latency.alternate(sessions, next(iter(samples)))
+    sizes = (_bytes(paths[0]), _bytes(paths[1]))
+    count = outputs[0].samples if outputs else 0
+    return Comparison(outputs, sizes, times, count, threads)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a model: its cost and the range of its weight."""
+
+    cost: cost.LayerCost
+    weight_shape: tuple[int, ...]
+    low: float
+    high: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a model consists of."""
+
+    path: str
+    opset: int
+    inputs: list[str]
+    outputs: list[str]
+    operators: dict[str, int]
+    nbytes: int
+    layers: list[LayerFacts]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        plain = dataclasses.asdict(self)
+        plain["layers"] = [
+            {**layer.cost.to_dict(), "weight_shape": list(layer.weight_shape)}
+            | {"low": layer.low, "high": layer.high, "spread": layer.spread}
+            for layer in self.layers
+        ]
+        return plain
+
+
+def inspect(
+    source: str | os.PathLike[str] | Model, *, shapes: Mapping[str, Sequence[int]] | None = None
+) -> Inspection:
+    """Layers, parameters, bytes, MACs and weight ranges of a model.
+
+    Args:
+        source: The model.
+        shapes: Concrete shapes of dynamic inputs; unknown sizes count as 1.
+    """
+    model = load(source)
+    session = Session(model.to_proto(), threads=1, level="disabled")
+    concrete = cost.tensor_shapes(model, dict(shapes or {}))
+    by_name = {layer.name: layer for layer in model.layers()}
+    facts = [
+        LayerFacts(c, *_weight_facts(by_name[c.name]))
+        for c in cost.layer_costs(model, concrete)
+        if c.name in by_name
+    ]
+    operators: dict[str, int] = {}
+    for node in model.graph.nodes:
+        operators[node.op] = operators.get(node.op, 0) + 1
+    return Inspection(
+        path=str(model.path or ""),
+        opset=model.opset,
+        inputs=[str(i) for i in session.inputs],
+        outputs=[str(o) for o in session.outputs],
+        operators=dict(sorted(operators.items(), key=lambda item: -item[1])),
+        nbytes=model.nbytes,
+        layers=facts,
+        notes=model.notes,
+    )
+
+
+# ---------------------------------------------------------------------- parts
+
+
+def _recipe(given: str | os.PathLike[str] | Recipe) -> Recipe:
+    return given if isinstance(given, Recipe) else recipe.load(given)
+
+
+def _calibration(source: Any, limit: int | None, preprocess: Any) -> Calibration:
+    if isinstance(source, Calibration):
+        return source
+    return Calibration(source, limit=limit, preprocess=preprocess)
+
+
+def _with_options(steps: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
+    """Give options to the Calibrate pass of a recipe."""
+    if not given:
+        return tuple(steps)
+    if not any(isinstance(s, Calibrate) for s in steps):
+        raise RecipeError(
+            f"the recipe has no pass calibrate to take {', '.join(given)}", fix="edit the recipe"
+        )
+    return tuple(
+        dataclasses.replace(s, **given) if isinstance(s, Calibrate) else s for s in steps
+    )
+
+
+def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:
+    encodings_json.load(path)  # a broken file is refused before any work is done
+    return tuple(LoadEncodings(path=str(path)) if isinstance(s, Calibrate) else s for s in steps)
+
+
+def _dumps(chosen: Recipe, target: Target) -> str:
+    return recipe.dumps(dataclasses.replace(chosen, target=target.name))
+
+
+def _check_destination(source: Any, destination: str | os.PathLike[str] | None) -> None:
+    if destination is None:
+        return
+    path = Path(destination)
+    if path.is_dir():
+        raise OnnxqError("is a folder", where=path, fix="give a file name")
+    if not path.parent.is_dir():
+        raise OnnxqError("no such folder", where=path.parent, fix="create it first")
+    if not isinstance(source, Model) and path.exists() and path.samefile(source):
+        raise OnnxqError("is the input", where=path, fix="write to another file")
+
+
+def _known_statistics(path: Path | None, model: Model) -> Statistics | None:
+    if path is None or not path.exists():
+        return None
+    known = Statistics.load(path)
+    if known.metadata.get("model") != model.digest():
+        raise OnnxqError(
+            "the statistics belong to another model", where=path, fix="delete the file"
+        )
+    return known
+
+
+def _measure(report: Report, before: Model, after: Model, ctx: Context) -> None:
+    """What the run achieved, measured: bytes, share of MACs in integers, output error."""
+    size = before.nbytes if before.path is None else _bytes(before.path)
+    report.facts["bytes"] = {"before": size, "after": after.nbytes}
+    report.facts["versions"] = versions()
+    report.facts["seconds"] = round(report.seconds, 3)
+    samples = None if ctx.data is None else ctx.samples(before)
+    feed = None if samples is None else next(iter(samples))
+    shapes = cost.tensor_shapes(before, feed if feed is not None else {})
+    report.facts["integers"] = fusion.integer_share(after, shapes).to_dict()
+    if samples is not None:
+        pair = [Session(m.to_proto(), threads=ctx.threads) for m in (before, after)]
+        total = None if samples.length is None else min(samples.length, CHECK_SAMPLES)
+        with ctx.progress.task("check", total) as advance:
+            errors = error.compare(pair[0], pair[1], _first(samples), advance)
+        report.facts["outputs"] = [e.to_dict() for e in errors]
+
+
+def _first(samples: Samples) -> Iterator[dict[str, np.ndarray]]:
+    return islice(iter(samples), CHECK_SAMPLES)
+
+
+def _bytes(path: Path) -> int:
+    from onnxq.model_io import external_files
+
+    return path.stat().st_size + sum(f.stat().st_size for f in external_files(path))
+
+
+def _weight_facts(layer: Any) -> tuple[tuple[int, ...], float, float, float]:
+    values = np.asarray(layer.weight, np.float64)
+    axis = layer.channel_axis
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    bound = np.abs(values).max(axis=others, initial=0)
+    median = float(np.median(bound)) if bound.size else 0.0
+    spread = float(bound.max(initial=0) / median) if median > 0 else float("inf")
+    return values.shape, float(values.min(initial=0)), float(values.max(initial=0)), spread

@@ -1,0 +1,70 @@
+"""The errors that users meet: one line that says what is wrong, where, and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "CalibrationError",
+    "ModelError",
+    "OnnxqError",
+    "PassError",
+    "RecipeError",
+    "TargetError",
+    "UnsupportedError",
+]
+
+
+class OnnxqError(Exception):
+    """A known error.
+
+    Args:
+        what: What is wrong, in plain words.
+        where: The file, node, tensor or option concerned.
+        fix: What to do about it.
+
+    The command line prints it as ``error: what (where); fix`` and exits with 1.
+    """
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        text = what if self.where is None else f"{what} ({self.where})"
+        super().__init__(" ".join((text if fix is None else f"{text}; {fix}").split()))
+
+
+class ModelError(OnnxqError):
+    """A model that cannot be read, is not valid, or holds values that no model should."""
+
+
+class UnsupportedError(OnnxqError, NotImplementedError):
+    """Something valid that onnxq cannot do."""
+
+
+class RecipeError(OnnxqError, ValueError):
+    """A recipe, a format or an option that does not mean anything."""
+
+
+class CalibrationError(OnnxqError):
+    """Samples that cannot be read, or do not fit the model."""
+
+
+class TargetError(OnnxqError):
+    """A combination of formats that the target cannot run."""
+
+
+class PassError(OnnxqError):
+    """A pass failed; its cause is chained.
+
+    Args:
+        name: The pass that failed.
+        done: The names of the passes that ran before it.
+        cause: What it raised.
+    """
+
+    def __init__(self, name: str, done: tuple[str, ...], cause: Exception) -> None:
+        self.name = name
+        self.done = done
+        super().__init__(
+            f"pass {name} failed: {cause}",
+            fix=f"passes done before it: {', '.join(done) or 'none'}",
+        )

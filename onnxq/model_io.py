@@ -1,0 +1,146 @@
+"""ONNX files in and out: external data kept inside the folder, outputs whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import external_data_helper
+
+from onnxq.errors import ModelError
+
+__all__ = ["TWO_GB", "external_files", "read_proto", "serialized_size", "write_proto"]
+
+# protobuf refuses messages of 2 GiB; some room for names and structure.
+TWO_GB = (1 << 31) - (1 << 24)
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Read a model file and the external data that it refers to.
+
+    Raises:
+        ModelError: The file is missing, is no ONNX model, or refers to data outside its folder.
+    """
+    try:
+        proto = onnx.load(os.fspath(path), load_external_data=False)
+    except FileNotFoundError as error:
+        raise ModelError("no such file", where=path, fix="check the path") from error
+    except IsADirectoryError as error:
+        raise ModelError("is a folder, not a model", where=path, fix="give the .onnx file") from error
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
+    except (DecodeError, ValueError, UnicodeDecodeError) as error:
+        raise ModelError(
+            "is not an ONNX model, or is cut off", where=path, fix="export or copy it again"
+        ) from error
+    if not proto.HasField("graph") or not proto.opset_import:
+        raise ModelError("holds no ONNX graph", where=path, fix="export the model again")
+    for tensor in external_data_helper._get_all_tensors(proto):
+        if external_data_helper.uses_external_data(tensor):
+            _check_external(tensor, path)
+    try:
+        external_data_helper.load_external_data_for_model(proto, os.fspath(path.parent or "."))
+    except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"external data cannot be read: {error}", where=path) from error
+    return proto
+
+
+def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
+    """Refuse data that lies outside the model's folder or is not there."""
+    info = {e.key: e.value for e in tensor.external_data}
+    location = info.get("location", "")
+    folder = path.parent.resolve()
+    target = (folder / location).resolve()
+    where = f"tensor {tensor.name} of {path}"
+    if not location or os.path.isabs(location) or not target.is_relative_to(folder):
+        raise ModelError(
+            f"external data {location!r} lies outside the model's folder",
+            where=where,
+            fix="put the data beside the model",
+        )
+    if not target.is_file():
+        raise ModelError(
+            f"external data {location} is missing", where=where, fix="copy it beside the model"
+        )
+    try:
+        start, length = int(info.get("offset", 0)), int(info.get("length", 0))
+    except ValueError as error:
+        raise ModelError("external data has no valid offset or length", where=where) from error
+    if start < 0 or length < 0 or start + length > target.stat().st_size:
+        raise ModelError(f"external data {location} is cut off", where=where, fix="copy it again")
+
+
+def external_files(path: Path | None) -> set[Path]:
+    """The external data files that a model file refers to, resolved."""
+    if path is None or not path.is_file():
+        return set()
+    proto = onnx.load(os.fspath(path), load_external_data=False)
+    return {
+        (path.parent / entry.value).resolve()
+        for tensor in external_data_helper._get_all_tensors(proto)
+        if external_data_helper.uses_external_data(tensor)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+
+
+def serialized_size(proto: onnx.ModelProto) -> int:
+    """Bytes of the weights, an estimate of the file that does not serialize it."""
+    return sum(
+        len(t.raw_data) or 8 * (len(t.float_data) + len(t.int64_data) + len(t.int32_data))
+        for t in proto.graph.initializer
+    )
+
+
+def write_proto(proto: onnx.ModelProto, path: Path, *, protected: Collection[Path] = ()) -> None:
+    """Write a model beside its destination, check it, then rename it into place.
+
+    Args:
+        proto: The model.  Its weights move to the external file if it is larger than 2 GB.
+        path: Where the model is to appear.
+        protected: Files that must not be overwritten (the input's external data).
+
+    Raises:
+        ModelError: It is not valid ONNX or cannot be written.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise ModelError("no such folder", where=folder, fix="create it first")
+    data = path.with_name(path.name + ".data")
+    count = 0
+    while data.resolve() in protected:
+        count += 1
+        data = path.with_name(f"{path.name}.{count}.data")
+    try:
+        with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=folder) as scratch:
+            part = Path(scratch) / path.name
+            if serialized_size(proto) > TWO_GB:
+                onnx.save_model(
+                    proto, os.fspath(part), save_as_external_data=True, location=data.name
+                )
+            else:
+                part.write_bytes(proto.SerializeToString())
+            _check(part)
+            with part.open("rb") as stream:
+                os.fsync(stream.fileno())
+            if (part.parent / data.name).exists():
+                os.replace(part.parent / data.name, data)
+            os.replace(part, path)
+    except OSError as error:
+        raise ModelError(
+            f"cannot be written: {error.strerror or error}",
+            where=path,
+            fix="check the folder's permissions and the space on the disk",
+        ) from error
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(os.fspath(path))
+    except onnx.checker.ValidationError as error:
+        line = str(error).strip().splitlines()[0]
+        raise ModelError(f"the result is not valid ONNX: {line}", where=path.name) from error

@@ -1,0 +1,209 @@
+"""Pass, Context, Changes, PassManager: the four words in which onnxq is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import numpy as np
+
+from onnxq.calibration import Calibration, Samples
+from onnxq.errors import CalibrationError, OnnxqError, PassError
+from onnxq.model import Model, load
+from onnxq.progress import Progress, Silent
+from onnxq.report import Changes, PassRecord, Report
+from onnxq.runtime import Session
+from onnxq.statistics import Statistics, observe
+from onnxq.targets import Target
+
+__all__ = ["Changes", "Context", "Pass", "PassManager", "options"]
+
+After = Callable[["Pass", Model, Changes], None]
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A rewrite of a model: a frozen, keyword-only dataclass whose fields are its options.
+
+    The docstring of a pass holds its paper, formula, a before/after drawing and what it refuses.
+    """
+
+    name: ClassVar[str]
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Edit the model in place; say what was done and what was declined."""
+
+
+def options(step: Pass) -> dict[str, Any]:
+    """The options of a pass by name, as plain values."""
+    if not dataclasses.is_dataclass(step):
+        return {}
+    return {f.name: _plain(getattr(step, f.name)) for f in dataclasses.fields(step)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    return {"pass": value.name, **options(value)} if isinstance(value, Pass) else str(value)
+
+
+class Context:
+    """What a pass may need and must not make: data, statistics, randomness, progress, the target.
+
+    Args:
+        data: Calibration samples in any form that `Calibration` takes; None for data-free work.
+        seed: Seed of every random choice.
+        target: What the model is to run on.
+        threads: Threads for onnxruntime; 0 for all cores.
+        progress: Where progress is shown.
+        statistics: Statistics of an earlier run on the same model and data, to be reused.
+    """
+
+    def __init__(
+        self,
+        data: Any = None,
+        *,
+        seed: int = 0,
+        target: str | Target = "ort-cpu",
+        threads: int = 0,
+        progress: Progress | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        given = data is None or isinstance(data, Calibration)
+        self.data: Calibration | None = data if given else Calibration(data)
+        self.seed = seed
+        self.target = Target.named(target)
+        self.threads = threads
+        self.progress: Progress = progress or Silent()
+        self.report = Report()
+        self._statistics = statistics
+        self._observed: tuple[int, bool, Statistics] | None = None
+
+    def rng(self, step: Pass) -> np.random.Generator:
+        """A generator that depends on the run's seed and the pass's name alone."""
+        return np.random.default_rng([self.seed, *step.name.encode()])
+
+    def samples(self, model: Model) -> Samples:
+        """The calibration samples, checked against the model's inputs.
+
+        Raises:
+            CalibrationError: There are none, or they do not fit.
+        """
+        return self._bind(Session(model.to_proto(), threads=1, level="disabled"))
+
+    def _bind(self, session: Session) -> Samples:
+        if self.data is None:
+            raise CalibrationError("this needs calibration samples", fix="give data (--calib PATH)")
+        return self.data.bind(session.inputs)
+
+    def statistics(
+        self, model: Model, names: Sequence[str], *, histogram: bool = True
+    ) -> Statistics:
+        """Statistics of tensors over the calibration samples, from one pass over the data.
+
+        Kept until the model changes; statistics handed to the context are used where they have
+        every tensor asked for.
+
+        Raises:
+            CalibrationError: No samples, samples that do not fit, or values that are not finite.
+        """
+        given = self._statistics
+        if given is not None and all(n in given for n in names):
+            return given
+        if self._observed is not None:
+            revision, with_histogram, statistics = self._observed
+            fresh = revision == model.revision and (with_histogram or not histogram)
+            if fresh and all(n in statistics for n in names):
+                return statistics
+        session = Session(model.to_proto(names), threads=self.threads)
+        samples = self._bind(session)
+        with self.progress.task("calibrate", samples.length) as advance:
+            statistics = observe(session, names, samples, histogram=histogram, progress=advance)
+        self._observed = (model.revision, histogram, statistics)
+        return statistics
+
+
+class PassManager:
+    """Runs passes in order; itself a pass, so it nests.
+
+    Calling it clones the model once, and passes edit the clone.  After each pass the model is
+    checked, its revision raised (which retires stale statistics), and seconds, bytes and changes
+    are recorded.
+
+    Args:
+        *passes: What to run.
+        after: Called as `after(pass, model, changes)` after each pass, for dumps, plots and tests.
+    """
+
+    name: ClassVar[str] = "pass-manager"
+
+    def __init__(self, *passes: Pass, after: After | None = None) -> None:
+        self.passes = passes
+        self.after = after
+
+    def __repr__(self) -> str:
+        return f"PassManager({', '.join(map(repr, self.passes))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PassManager) and self.passes == other.passes
+
+    def __hash__(self) -> int:
+        return hash(self.passes)
+
+    def __iter__(self) -> Iterator[Pass]:
+        return iter(self.passes)
+
+    def __add__(self, other: PassManager) -> PassManager:
+        return PassManager(*self.passes, *other.passes, after=self.after or other.after)
+
+    def __call__(
+        self, model: Model | str | os.PathLike[str], data: Any = None, **context: Any
+    ) -> tuple[Model, Report]:
+        """Run on a copy of the model.
+
+        Args:
+            model: A model, a file, or a ModelProto; never changed.
+            data: Calibration samples, in any form that `Calibration` takes.
+            **context: Further arguments of `Context` (seed, target, threads, progress).
+
+        Returns:
+            The new model and the report of the run.
+
+        Raises:
+            OnnxqError: A known error, as the pass raised it.
+            PassError: A pass failed in an unforeseen way; the cause is chained.
+        """
+        ctx = Context(data, **context)
+        copy = load(model)
+        self.apply(copy, ctx)
+        ctx.report.notes[:0] = copy.notes
+        return copy, ctx.report
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Run the passes on the model itself."""
+        total = Changes()
+        for step in self.passes:
+            start = time.perf_counter()
+            try:
+                changes = step.apply(model, ctx)
+                if changes and not isinstance(step, PassManager):
+                    model.check()
+                    model.revision += 1
+            except OnnxqError:
+                raise
+            except Exception as error:
+                done = tuple(p.name for p in ctx.report.passes)
+                raise PassError(step.name, done, error) from error
+            if not isinstance(step, PassManager):
+                seconds = time.perf_counter() - start
+                record = PassRecord(step.name, options(step), seconds, model.nbytes, changes)
+                ctx.report.passes.append(record)
+            if self.after is not None:
+                self.after(step, model, changes)
+            total.extend(changes)
+        return total

@@ -1,0 +1,331 @@
+"""Pictures into model inputs, as the training of the model did it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+
+import numpy as np
+
+from onnxq.errors import CalibrationError, RecipeError
+from onnxq.readers import read_picture
+from onnxq.signature import TensorSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["PRESETS", "Preprocess"]
+
+Fit = Literal["stretch", "crop", "letterbox", "letterbox-top-left"]
+Order = Literal["RGB", "BGR", "GRAY"]
+Layout = Literal["NCHW", "NHWC"]
+Interpolation = Literal["nearest", "box", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocess:
+    """How a picture becomes an input: shape, then ``(pixel * scale - mean) / std``.
+
+    Pixels are 0..255. The height and the width that the model fixes come first; ``size`` stands in
+    for those that it leaves open; where neither says, the picture keeps its own.
+
+    Args:
+        size: Height and width in pixels, or one number for both.
+        fit: How a picture takes that size: ``stretch`` changes its proportions, ``crop`` cuts
+            what sticks out around the centre, ``letterbox`` fills the rest of the frame around it,
+            ``letterbox-top-left`` to its right and below it.
+        resize: For ``crop``: the short side in pixels that ``size`` is cut out of, such as 256 for
+            224. A model of another size keeps that proportion. None: cut as little as possible.
+        interpolation: How pixels are resampled, always with Pillow's antialiasing.
+        pad_value: What ``letterbox`` fills with, 0..255.
+        order: Channels. ``GRAY`` is the luma of ITU-R 601, the Y of YCbCr.
+        layout: Axes. None: where the model's input has the channels, NCHW in doubt.
+        scale: Factor on pixels, applied first.
+        mean: One number or one per channel, in ``order``, subtracted from scaled pixels.
+        std: One number or one per channel, in ``order``; divides last.
+
+    Raises:
+        RecipeError: A value that means nothing.
+
+    Examples:
+        Means of 0..1 pixels: ``Preprocess(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))``.
+        Means of 0..255 pixels: ``Preprocess(scale=1, mean=127.5, std=127.5)``, which gives -1..1.
+    """
+
+    size: int | tuple[int, int] | None = None
+    fit: Fit = "stretch"
+    resize: int | None = None
+    interpolation: Interpolation = "bilinear"
+    pad_value: int = 114
+    order: Order = "RGB"
+    layout: Layout | None = None
+    scale: float = 1 / 255
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "mean", "std"):  # as TOML has them
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        for name, (fits, wanted) in _RULES.items():
+            if not fits(value := getattr(self, name)):
+                raise RecipeError(f"{name}: wanted {wanted}, got {value!r}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                wanted = ", ".join(map(str, choices))
+                raise RecipeError(
+                    f"{name}: wanted one of {wanted}, got {value!r}", fix=_near(value, choices)
+                )
+        if self.resize is not None:
+            if self.fit != "crop" or self.size is None:
+                raise RecipeError("resize means nothing without fit = 'crop' and a size")
+            if self.resize < min(_pair(self.size)):
+                raise RecipeError(f"resize {self.resize} is smaller than size {self.size}")
+        for name in ("mean", "std"):
+            if self.channels == 1 and np.size(getattr(self, name)) != 1:
+                raise RecipeError(f"{name}: wanted one number for order GRAY")
+
+    @property
+    def channels(self) -> int:
+        """Channels of the input: 1 or 3."""
+        return 1 if self.order == "GRAY" else 3
+
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | Preprocess) -> Preprocess:
+        """From the name of a preset, a TOML file, or itself.
+
+        Raises:
+            RecipeError: There is no such preset, or the file says nothing that means something.
+        """
+        if isinstance(given, Preprocess):
+            return given
+        text = os.fspath(given)
+        is_path = (
+            not isinstance(given, str) or text.endswith(".toml") or os.path.basename(text) != text
+        )
+        return cls.load(text) if is_path else cls.named(text)
+
+    @classmethod
+    def named(cls, name: str) -> Preprocess:
+        """The preset of a name.
+
+        Raises:
+            RecipeError: No preset has that name.
+        """
+        if name in PRESETS:
+            return PRESETS[name]
+        hint = (
+            _near(name, PRESETS) or f"presets are {', '.join(PRESETS)}; a TOML file ends in .toml"
+        )
+        raise RecipeError(f"no preset {name!r} for pictures", fix=hint)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Preprocess:
+        """From a TOML file: the fields, and ``preset`` for the values of the others.
+
+        Raises:
+            RecipeError: The file cannot be read, or a key or a value means nothing.
+        """
+        try:
+            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            raise RecipeError(f"preprocessing: {what}", where=path, fix="check the path") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RecipeError(f"is not TOML: {error}", where=path) from error
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key != "preset" and key not in known:
+                hint = _near(key, [*known, "preset"]) or f"keys are preset, {', '.join(known)}"
+                raise RecipeError(f"preprocessing has no {key!r}", where=path, fix=hint)
+        try:
+            preset = given.pop("preset", "unit")
+            if not isinstance(preset, str):
+                raise RecipeError(f"preset: wanted text, got {preset!r}")
+            base = cls.named(preset)
+            if given.get("fit", base.fit) != "crop":  # the preset's; one given here is an error
+                base = replace(base, resize=None)
+            return replace(base, **given)
+        except RecipeError as error:
+            raise RecipeError(error.what, where=path, fix=error.fix) from error
+
+    def apply(self, picture: str | os.PathLike[str] | Image.Image, spec: TensorSpec) -> np.ndarray:
+        """One picture as the model takes it, batch dimension included.
+
+        Args:
+            picture: A file or a Pillow image. EXIF orientation is applied, palettes, CMYK and 16
+                bits become 8-bit colours, alpha is dropped; of several frames the first is taken.
+            spec: The model's input, of rank 4.
+
+        Returns:
+            ``[1, C, H, W]`` or ``[1, H, W, C]``, of the input's element type.
+
+        Raises:
+            CalibrationError: The picture cannot be read, or cannot become such an input.
+        """
+        layout, target = self._shape(spec)
+        is_path = isinstance(picture, (str, os.PathLike))
+        where = os.fspath(cast("str", picture)) if is_path else "picture"
+        image = read_picture(picture, "L" if self.channels == 1 else "RGB", where)
+        pixels = np.asarray(self._fitted(image, target), np.float32)
+        if pixels.ndim == 2:
+            pixels = pixels[..., None]
+        if self.order == "BGR":
+            pixels = pixels[..., ::-1]
+        x = (pixels * np.float32(self.scale) - np.float32(self.mean)) / np.float32(self.std)
+        if layout == "NCHW":
+            x = x.transpose(2, 0, 1)
+        return _typed(np.ascontiguousarray(x)[None], spec, where)
+
+    def _shape(self, spec: TensorSpec) -> tuple[Layout, tuple[int | None, int | None]]:
+        """Layout, and height and width as far as they are fixed."""
+        shape = (None,) * 4 if spec.shape is None else spec.shape
+        if len(shape) != 4:
+            raise CalibrationError(
+                "pictures need an input of rank 4", where=spec, fix="give .npz samples"
+            )
+        last = shape[3] in (1, 3) and shape[1] not in (1, 3)
+        layout = self.layout or ("NHWC" if last else "NCHW")
+        axes = (1, 2, 3) if layout == "NCHW" else (3, 1, 2)
+        channels, *sides = (shape[a] for a in axes)
+        if isinstance(channels, int) and channels != self.channels:
+            fix = {1: "set order = 'GRAY'", 3: "set order = 'RGB'"}.get(channels)
+            raise CalibrationError(
+                f"wanted {channels} channels in {layout}, got {self.channels} ({self.order})",
+                where=spec,
+                fix=fix or "pictures have 1 or 3 channels: give .npz samples",
+            )
+        own = (None, None) if self.size is None else _pair(self.size)
+        height, width = (s if isinstance(s, int) else o for s, o in zip(sides, own, strict=True))
+        return layout, (height, width)
+
+    def _fitted(self, image: Image.Image, target: tuple[int | None, int | None]) -> Image.Image:
+        """The picture in the target's size; a side that is None keeps the proportions."""
+        from PIL import Image
+
+        (width, height), (h, w) = image.size, target
+        if h is None and w is None:
+            return image
+        h = h or max(1, round(height * cast("int", w) / width))
+        w = w or max(1, round(width * h / height))
+        resample = Image.Resampling[self.interpolation.upper()]
+        if self.fit == "stretch":
+            return image.resize((w, h), resample)
+        if self.fit == "crop":
+            return image.resize((w, h), resample, box=self._box(width, height, w, h))
+        ratio = min(h / height, w / width)
+        inner = image.resize(
+            (max(1, round(width * ratio)), max(1, round(height * ratio))), resample
+        )
+        canvas = Image.new(image.mode, (w, h), (self.pad_value,) * self.channels)
+        centred = ((w - inner.width) // 2, (h - inner.height) // 2)
+        canvas.paste(inner, centred if self.fit == "letterbox" else (0, 0))
+        return canvas
+
+    def _box(self, width: int, height: int, w: int, h: int) -> tuple[float, float, float, float]:
+        """The part of the picture that resizing, then cutting out the centre would leave.
+
+        Taking it in one step gives the same pixels and spares the rest. Sides and margins are
+        rounded as torchvision does.
+        """
+        margin = 1.0
+        if self.resize is not None and self.size is not None:
+            margin = self.resize / min(_pair(self.size))
+        # what rounding takes from a side that must come out whole, sizes being far below 1e6
+        whole = 1e-6
+        scale = max(round(h * margin) / height, round(w * margin) / width)
+        wide, high = (max(n, int(s * scale + whole)) for n, s in ((w, width), (h, height)))
+        left, top = round((wide - w) / 2), round((high - h) / 2)
+        x, y = width / wide, height / high
+        return left * x, top * y, min((left + w) * x, width), min((top + h) * y, height)
+
+
+# ---------------------------------------------------------------------- values
+
+
+def _typed(x: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
+    dtype = np.dtype(np.float32) if spec.dtype is None else spec.dtype
+    if dtype.kind == "f":
+        return x.astype(dtype, copy=False)
+    limits = np.iinfo(dtype) if dtype.kind in "iu" else None
+    fits = limits is not None and limits.min <= x.min() and x.max() <= limits.max
+    if not fits or not np.array_equal(x, np.rint(x)):
+        raise CalibrationError(
+            f"wanted {spec}, got values from {x.min():.4g} to {x.max():.4g} that it cannot hold",
+            where=where,
+            fix="use the preset raw for inputs of 0..255",
+        )
+    return x.astype(dtype)
+
+
+# ---------------------------------------------------------------------- options
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_size(value: Any) -> bool:
+    pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value))
+    return value is None or _is_count(value) or pair
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_per_channel(value: Any) -> bool:
+    some = isinstance(value, tuple) and len(value) in (1, 3) and all(map(_is_number, value))
+    return _is_number(value) or some
+
+
+def _near(value: Any, choices: Iterable[str | None]) -> str | None:
+    known = [c for c in choices if c is not None]
+    near = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
+    return f"did you mean {near[0]}?" if near else None
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "fit": get_args(Fit),
+    "interpolation": get_args(Interpolation),
+    "order": get_args(Order),
+    "layout": (*get_args(Layout), None),
+}
+# Field -> whether a value fits, and what was wanted.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "size": (_is_size, "pixels, or [height, width]"),
+    "resize": (lambda v: v is None or _is_count(v), "pixels"),
+    "pad_value": (lambda v: type(v) is int and 0 <= v <= 255, "an integer from 0 to 255"),
+    "scale": (lambda v: _is_number(v) and v != 0, "a number other than 0"),
+    "mean": (_is_per_channel, "a number, or one per channel"),
+    "std": (lambda v: _is_per_channel(v) and bool(np.all(v)), "numbers other than 0"),
+}
+
+_TF = Preprocess(size=224, fit="crop", resize=256, scale=1, mean=127.5, std=127.5)
+
+# What well-known families of models were trained with.
+PRESETS: dict[str, Preprocess] = {
+    "imagenet": Preprocess(
+        size=224, fit="crop", resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    ),
+    "mobilenet": _TF,
+    "tf": _TF,
+    "caffe": Preprocess(
+        size=224, fit="crop", resize=256, order="BGR", scale=1, mean=(103.939, 116.779, 123.68)
+    ),
+    "unit": Preprocess(),
+    "raw": Preprocess(scale=1),
+    "yolox": Preprocess(size=640, fit="letterbox-top-left", order="BGR", scale=1),
+    "yolov5": Preprocess(size=640, fit="letterbox"),
+    "yolov8": Preprocess(size=640, fit="letterbox"),
+}

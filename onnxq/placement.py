@@ -1,0 +1,333 @@
+"""Which nodes run in integers, and which tensors therefore get an encoding.
+
+A node is worth running in integers if the target has a kernel for it and the integers come from
+somewhere and go somewhere.  Layers (Conv, Gemm, MatMul) always are; what lies between them joins in
+if its inputs arrive as integers and something reads its result as integers.  So the first and last
+operators of a model, the float islands in its middle and their borders come out by themselves, and
+no Q/DQ is written where nothing would run in integers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq import ops
+from onnxq.errors import RecipeError
+from onnxq.model import Layer, Model, consumers, has_subgraph, producer
+from onnxq.targets import Kernel, Target
+
+__all__ = ["Placement", "absorbed", "data_inputs", "integer_nodes", "match_nodes", "place"]
+
+INF = float("inf")
+
+
+@dataclass
+class Placement:
+    """Where integers flow.
+
+    Attributes:
+        nodes: Name of each node that runs in integers -> its kernel.
+        float_nodes: Name of each node that stays in float -> the reason.
+        tensors: Names of the activations that get an encoding, in graph order.
+        bounds: Tensor -> the bounds of the Relu or Clip that its encoding takes over.
+        moves: (input, output) names that must have the same encoding.
+        joins: (inputs, output) names of each Concat in integers.
+    """
+
+    nodes: dict[str, Kernel] = field(default_factory=dict)
+    float_nodes: dict[str, str] = field(default_factory=dict)
+    tensors: list[str] = field(default_factory=list)
+    bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    moves: list[tuple[str, str]] = field(default_factory=list)
+    joins: list[tuple[list[str], str]] = field(default_factory=list)
+
+
+def match_nodes(model: Model, globs: Sequence[str]) -> set[str]:
+    """Names of the nodes whose name or operator type matches one of the globs.
+
+    Raises:
+        RecipeError: A glob matches nothing; near misses are named.
+    """
+    names = {n.name: n.op for n in model.graph.nodes}
+    found: set[str] = set()
+    for glob in globs:
+        hits = {n for n, op in names.items() if _fits(n, glob) or _fits(op, glob)}
+        if not hits:
+            near = difflib.get_close_matches(glob, [*names, *set(names.values())], 3, 0.5)
+            hint = f"near: {', '.join(near)}" if near else "onnxq inspect lists the names"
+            raise RecipeError(f"{glob!r} matches no node and no operator type", fix=hint)
+        found |= hits
+    return found
+
+
+def _fits(name: str, glob: str) -> bool:
+    return name == glob or fnmatch.fnmatchcase(name, glob)
+
+
+def data_inputs(node: gs.Node, kernel: Kernel) -> list[gs.Tensor]:
+    """The inputs that carry the values computed on; shapes, axes and biases left out."""
+    if kernel.role == "layer":
+        return list(node.inputs[:2])
+    if kernel.role == "move":
+        return list(node.inputs[:1])
+    if kernel.role == "join" or node.op in ("Add", "Mul"):
+        return list(node.inputs)
+    return list(node.inputs[:1])
+
+
+def activation_bounds(model: Model, node: gs.Node) -> tuple[float, float] | None:
+    """The bounds that a Relu or Clip imposes; None if they are computed or leave zero out."""
+    if node.op not in ops.ACTIVATIONS:
+        return None
+    if node.op == "Relu":
+        return 0.0, INF
+    low, high = float(node.attrs.get("min", -INF)), float(node.attrs.get("max", INF))
+    for index in (1, 2):
+        if len(node.inputs) > index and node.inputs[index].name:
+            if not isinstance(node.inputs[index], gs.Constant):
+                return None
+            value = float(model.array(node.inputs[index]).reshape(-1)[0])
+            low, high = (value, high) if index == 1 else (low, value)
+    return (low, high) if low <= 0.0 <= high and low < high else None
+
+
+def absorbed(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
+    """The Relu or Clip after the tensor that quantizing its result makes redundant."""
+    if kernel.role == "move" or model.is_output(tensor) or len(tensor.outputs) != 1:
+        return None
+    node = tensor.outputs[0]
+    return node if activation_bounds(model, node) is not None else None
+
+
+def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
+    """The nodes that the encodings of the model let run in integers."""
+    found = {}
+    encodings = model.encodings
+    for node in model.graph.nodes:
+        kernel = target.kernels.get(node.op)
+        if kernel is None or node.name in encodings.float_nodes or not _standard(node):
+            continue
+        if any(t.name not in encodings for t in data_inputs(node, kernel) if _varies(t)):
+            continue
+        if kernel.role == "layer" and (layer := Layer.of(model, node)) is not None:
+            if layer.weight_tensor.name not in encodings:
+                continue
+        ends = [_end(model, t, kernel) for t in node.outputs if t.name]
+        if not kernel.float_output and any(t.name not in encodings for t in ends):
+            continue
+        found[node.name] = kernel
+    return found
+
+
+def place(model: Model, target: Target, exclude: Sequence[str] = ()) -> Placement:
+    """Decide what runs in integers.
+
+    Args:
+        model: A model whose BatchNormalizations are folded as far as they can be.
+        target: The runtime's contract.
+        exclude: Globs on node names and operator types that are to stay in float.
+
+    Raises:
+        RecipeError: A glob matches nothing.
+    """
+    model.infer()
+    return _Placer(model, target, match_nodes(model, exclude)).run()
+
+
+class _Placer:
+    """The greatest set of nodes in which every one has reason to be (a fixed point)."""
+
+    def __init__(self, model: Model, target: Target, excluded: set[str]) -> None:
+        self.model = model
+        self.target = target
+        self.reasons: dict[str, str] = {}
+        self.nodes: dict[int, gs.Node] = {}
+        for node in model.graph.nodes:
+            why = "excluded" if node.name in excluded else self._unfit(node)
+            if why is None:
+                self.nodes[id(node)] = node
+            else:
+                self.reasons[node.name] = why
+
+    def kernel(self, node: gs.Node) -> Kernel:
+        return self.target.kernels[node.op]
+
+    def run(self) -> Placement:
+        changed = True
+        while changed:
+            changed = False
+            for node in [*reversed(self.nodes.values())]:
+                why = self._pointless(node)
+                if why is not None:
+                    del self.nodes[id(node)]
+                    self.reasons[node.name] = why
+                    changed = True
+        return self._result()
+
+    # -------------------------------------------------------------- may it?
+
+    def _unfit(self, node: gs.Node) -> str | None:
+        """Why a node cannot run in integers, whatever surrounds it."""
+        kernel = self.target.kernels.get(node.op)
+        if has_subgraph(node):
+            return "holds a subgraph"
+        if kernel is None or not _standard(node):
+            return f"{self.target.name} has no integer {node.op}"
+        data = data_inputs(node, kernel)
+        for tensor in (*data, *node.outputs):
+            if tensor.name and tensor.dtype is not None and tensor.dtype != np.float32:
+                return "does not compute in float32"
+        if not any(_varies(t) for t in data):
+            return "computes a constant"
+        if kernel.role == "move":
+            return self._unfit_move(node)
+        if kernel.role == "layer":
+            return self._unfit_layer(node)
+        if kernel.role == "elementwise" and any(not _varies(t) for t in data):
+            source = next(t for t in data if _varies(t))
+            before = producer(source)
+            if before is not None and self._float_output(before):
+                return "the layer before it gives float at no cost"
+        return None
+
+    def _unfit_layer(self, node: gs.Node) -> str | None:
+        layer = Layer.of(self.model, node)
+        if layer is None:
+            if node.op != "MatMul" or isinstance(node.inputs[0], gs.Constant):
+                return "its weight is computed, not constant"
+            return None
+        if node.op == "Gemm" and layer.side != 1:
+            return "its weight is on the left side"
+        if node.op == "Gemm" and float(node.attrs.get("beta", 1.0)) != 1.0:
+            return "its beta is not 1"
+        bias = layer.bias_tensor
+        if bias is not None and not isinstance(bias, gs.Constant):
+            return "its bias is computed, not constant"
+        return None
+
+    def _unfit_move(self, node: gs.Node) -> str | None:
+        if not ops.is_movement(node.op, node.attrs):
+            return f"{self.target.name} has no integer {node.op} in this mode"
+        if not _varies(node.inputs[0]):
+            return "computes a constant"
+        if sum(bool(t.name) for t in node.outputs) > 1 and node.op != "Split":
+            return "gives a second output"
+        if node.op == "Pad" and len(node.inputs) > 2 and node.inputs[2].name:
+            value = node.inputs[2]
+            if not isinstance(value, gs.Constant) or np.any(self.model.array(value)):
+                return "pads with something else than zero"
+        return None
+
+    def _float_output(self, node: gs.Node) -> bool:
+        kernel = self.target.kernels.get(node.op)
+        return kernel is not None and kernel.float_output
+
+    # -------------------------------------------------------------- is it worth it?
+
+    def _pointless(self, node: gs.Node) -> str | None:
+        """Why a node that could run in integers should not, given the others."""
+        kernel = self.kernel(node)
+        if kernel.role == "layer":
+            return None
+        ends = [_end(self.model, t, kernel) for t in node.outputs if t.name]
+        if not any(self._read(t) for t in ends):
+            return "nothing reads its result as integers"
+        if kernel.role == "move":
+            return None
+        arrive = [self._arrives(t) for t in data_inputs(node, kernel) if _varies(t)]
+        if not (any(arrive) if kernel.role == "join" else all(arrive)):
+            return "an input of it is computed in float"
+        return None
+
+    def _read(self, tensor: gs.Tensor) -> bool:
+        """Whether something reads the tensor as integers."""
+        for node in consumers(tensor):
+            if id(node) in self.nodes:
+                data = data_inputs(node, self.kernel(node))
+                if any(t is tensor for t in data):
+                    return True
+        return False
+
+    def _arrives(self, tensor: gs.Tensor) -> bool:
+        """Whether the tensor is there as integers anyhow, or costs little to be (inputs)."""
+        while True:
+            node = producer(tensor)
+            if node is None:
+                return True
+            if node.op in ops.ACTIVATIONS and producer(node.inputs[0]) is not None:
+                before = producer(node.inputs[0])
+                if id(before) in self.nodes and _end(
+                    self.model, node.inputs[0], self.kernel(before)
+                ) is tensor:
+                    node = before
+            if id(node) not in self.nodes:
+                return False
+            kernel = self.kernel(node)
+            if kernel.role != "move":
+                return not kernel.float_output or self._read(tensor)
+            tensor = node.inputs[0]
+
+    # -------------------------------------------------------------- what follows
+
+    def _result(self) -> Placement:
+        result = Placement(float_nodes=self.reasons)
+        wanted: dict[str, None] = {}
+        for node in self.model.graph.nodes:
+            if id(node) not in self.nodes:
+                continue
+            kernel = self.kernel(node)
+            result.nodes[node.name] = kernel
+            data = [t for t in data_inputs(node, kernel) if _varies(t)]
+            wanted.update((t.name, None) for t in data)
+            for tensor in node.outputs:
+                self._finish_output(result, wanted, node, tensor)
+            if kernel.role == "move":
+                result.moves += [(data[0].name, t.name) for t in node.outputs if t.name in wanted]
+            if kernel.role == "join":
+                end = _end(self.model, node.outputs[0], kernel)
+                result.joins.append(([t.name for t in data], end.name))
+        result.tensors = list(wanted)
+        return result
+
+    def _finish_output(
+        self, result: Placement, wanted: dict[str, None], node: gs.Node, tensor: gs.Tensor
+    ) -> None:
+        if not tensor.name:
+            return
+        kernel = self.kernel(node)
+        end = _end(self.model, tensor, kernel)
+        if kernel.float_output and not self._read(end):
+            return
+        wanted[end.name] = None
+        if end is not tensor:
+            activation = tensor.outputs[0]
+            bounds = activation_bounds(self.model, activation)
+            if bounds is not None:
+                result.bounds[end.name] = bounds
+            self.reasons.pop(activation.name, None)
+
+
+def _end(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
+    """The tensor that gets the encoding: after the activation that it takes over."""
+    activation = absorbed(model, tensor, kernel)
+    return tensor if activation is None else activation.outputs[0]
+
+
+def _varies(tensor: gs.Tensor) -> bool:
+    return bool(tensor.name) and not isinstance(tensor, gs.Constant)
+
+
+def _standard(node: gs.Node) -> bool:
+    return node.domain in (None, "", "ai.onnx")
+
+
+def unread(model: Model, names: Iterable[str]) -> list[str]:
+    """Those of the names that no tensor of the model has."""
+    known = model.tensors()
+    return [n for n in names if n not in known]

@@ -1,0 +1,131 @@
+"""What a run did, what it declined and why, and what that cost."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onnxq.errors import OnnxqError
+
+__all__ = ["Changes", "PassRecord", "Report", "Skip", "write_text"]
+
+
+@dataclass(frozen=True)
+class Skip:
+    """One thing that a pass declined.
+
+    Args:
+        layer: The node or tensor.
+        why: The reason, one sentence.
+    """
+
+    layer: str
+    why: str
+
+
+@dataclass
+class Changes:
+    """What a pass did and what it declined; truthy when something changed."""
+
+    done: list[str] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+
+    def add(self, what: str) -> None:
+        """Note one change."""
+        self.done.append(what)
+
+    def skip(self, layer: str, why: str) -> None:
+        """Note one refusal with its reason."""
+        self.skipped.append(Skip(layer, why))
+
+    def extend(self, other: Changes) -> None:
+        """Take over the notes of another pass."""
+        self.done += other.done
+        self.skipped += other.skipped
+
+    def __bool__(self) -> bool:
+        return bool(self.done)
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One pass of a run.
+
+    Args:
+        name: Its name.
+        options: Its options by name.
+        seconds: Wall time.
+        nbytes: Bytes of the model's constants after it.
+        changes: What it did and declined.
+    """
+
+    name: str
+    options: dict[str, Any]
+    seconds: float
+    nbytes: int
+    changes: Changes
+
+
+@dataclass
+class Report:
+    """Everything that a run did.
+
+    Attributes:
+        passes: One record per pass, in order.
+        notes: What was changed or given up when loading the model.
+        facts: Measured results by name (bytes, share of MACs in integers, SQNR in dB...).
+    """
+
+    passes: list[PassRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all passes."""
+        return sum(p.seconds for p in self.passes)
+
+    @property
+    def skipped(self) -> list[tuple[str, Skip]]:
+        """Every refusal with the name of the pass."""
+        return [(p.name, s) for p in self.passes for s in p.changes.skipped]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain JSON types."""
+        return {
+            **self.facts,
+            "notes": self.notes,
+            "passes": [
+                {
+                    "name": p.name,
+                    "options": p.options,
+                    "seconds": round(p.seconds, 4),
+                    "bytes": p.nbytes,
+                    "done": p.changes.done,
+                    "skipped": [{"layer": s.layer, "why": s.why} for s in p.changes.skipped],
+                }
+                for p in self.passes
+            ],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON; the file appears whole or not at all."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file beside its destination, then rename it into place.
+
+    Raises:
+        OnnxqError: The file cannot be written.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise OnnxqError(f"cannot be written: {error.strerror}", where=path) from error

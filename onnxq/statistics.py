@@ -1,0 +1,454 @@
+"""Statistics of tensors over calibration samples: streamed, mergeable, kept in constant memory."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from math import inf, sqrt
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from onnxq.errors import CalibrationError, ModelError, RecipeError
+from onnxq.kernels import _jit, ranges
+from onnxq.kernels import observe as counting
+from onnxq.runtime import Session, cores
+
+__all__ = [
+    "Method",
+    "Statistics",
+    "TensorStatistics",
+    "needs_compilation",
+    "observe",
+    "warm_up",
+]
+
+Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
+
+# Weight of a new sample in the moving averages, as in onnxruntime's calibrator.
+AVERAGING = 0.01
+
+# Samples are run side by side as far as their tensors fit into this many bytes.
+_ROOM = 1 << 30
+
+_FORMAT = "onnxq statistics 1"
+
+
+@dataclass(eq=False)
+class TensorStatistics:
+    """What is known of one tensor's values.
+
+    Args:
+        count: Number of values.
+        minimum: Least value; +inf without values.
+        maximum: Greatest value; -inf without values.
+        sum: Sum of the values.
+        sum_squares: Sum of their squares.
+        zeros: How many are exactly zero.
+        batches: Number of samples.
+        ema_minimum: Moving average of the samples' least values: the first sample's, then with
+            each sample 0.01 of the way towards its own.
+        ema_maximum: The same of the greatest values.
+        bins: Histogram, int64 [n]; None if none was kept. Bin i counts the values x with
+            ``floor(x / 2**exponent) == offset + i``.
+        exponent: Of the bins' width.
+        offset: Number of the first bin: ``floor(minimum / 2**exponent)``.
+    """
+
+    count: int = 0
+    minimum: float = inf
+    maximum: float = -inf
+    sum: float = 0.0
+    sum_squares: float = 0.0
+    zeros: int = 0
+    batches: int = 0
+    ema_minimum: float = inf
+    ema_maximum: float = -inf
+    bins: np.ndarray | None = field(default=None, repr=False)
+    exponent: int = counting.MIN_EXPONENT
+    offset: int = 0
+
+    @property
+    def mean(self) -> float:
+        """Mean value; 0 without values."""
+        return self.sum / self.count if self.count else 0.0
+
+    @property
+    def std(self) -> float:
+        """Standard deviation; 0 without values."""
+        if not self.count:
+            return 0.0
+        return sqrt(max(self.sum_squares / self.count - self.mean**2, 0.0))
+
+    def merge(self, other: TensorStatistics) -> TensorStatistics:
+        """The statistics of both, as if one run had seen all the values.
+
+        Two things need a choice: moving averages, which have an order, become the wider of the two,
+        and a histogram is kept only where both have one.
+
+        Raises:
+            CalibrationError: The histograms differ in their number of bins.
+        """
+        merged = TensorStatistics(
+            count=self.count + other.count,
+            minimum=min(self.minimum, other.minimum),
+            maximum=max(self.maximum, other.maximum),
+            sum=self.sum + other.sum,
+            sum_squares=self.sum_squares + other.sum_squares,
+            zeros=self.zeros + other.zeros,
+            batches=self.batches + other.batches,
+            ema_minimum=min(self.ema_minimum, other.ema_minimum),
+            ema_maximum=max(self.ema_maximum, other.ema_maximum),
+        )
+        if self.bins is None or other.bins is None:
+            return merged
+        if self.bins.size != other.bins.size:
+            raise CalibrationError(
+                f"histograms of {self.bins.size} and {other.bins.size} bins do not merge",
+                fix="observe again",
+            )
+        bins, grid = self.bins.copy(), self._grid
+        counting.merge(bins, grid, other.bins, other._grid)
+        return replace(merged, bins=bins, exponent=int(grid[2]), offset=int(grid[3]))
+
+    def range(
+        self,
+        method: Method,
+        *,
+        bits: int = 8,
+        symmetric: bool = False,
+        percentile: float = 99.999,
+    ) -> tuple[float, float]:
+        """The range to quantize: at most 0 to at least 0, never wider than the values and 0.
+
+        Args:
+            method: ``minmax`` all values; ``moving-average`` the averages of the samples' extremes;
+                ``percentile`` the middle part of the values; ``entropy`` the least divergence;
+                ``mse`` the least expected squared error.
+            bits: Of the quantizer, 2 or more.
+            symmetric: Whether the quantizer spans [-m, m], m the larger magnitude of the two.
+            percentile: How much of the values ``percentile`` keeps, in percent.
+
+        Raises:
+            RecipeError: The method or a number does not mean anything.
+            CalibrationError: The method needs a histogram, and none was kept.
+        """
+        if method not in get_args(Method):
+            known = ", ".join(get_args(Method))
+            near = difflib.get_close_matches(str(method), get_args(Method), n=1)
+            fix = f"did you mean {near[0]!r}? The methods are {known}" if near else f"take {known}"
+            raise RecipeError(f"no method {method!r} for ranges", fix=fix)
+        if bits < 2 or not 0 < percentile <= 100:
+            what = f"bits {bits}" if bits < 2 else f"percentile {percentile}"
+            raise RecipeError(f"{what} means nothing", fix="take 2 bits or more, up to 100 percent")
+        if method == "minmax":
+            return min(self.minimum, 0.0), max(self.maximum, 0.0)
+        if method == "moving-average":
+            return min(self.ema_minimum, 0.0), max(self.ema_maximum, 0.0)
+        histogram = self._histogram
+        if method == "percentile":
+            return ranges.percentile(*histogram, percentile)
+        search = ranges.mse if method == "mse" else ranges.entropy
+        return search(*histogram, 2**bits - symmetric, symmetric)
+
+    def noise(self, low: float, high: float, levels: int) -> float:
+        """Expected squared error of quantizing one value to `levels` points from low to high.
+
+        Raises:
+            CalibrationError: No histogram was kept.
+        """
+        return ranges.noise(*self._histogram, min(low, 0.0), max(high, 0.0), levels)
+
+    @property
+    def _grid(self) -> np.ndarray:
+        return np.array([self.minimum, self.maximum, self.exponent, self.offset], np.float64)
+
+    @property
+    def _histogram(self) -> tuple[np.ndarray, np.ndarray, int]:
+        if self.bins is None:
+            raise CalibrationError("no histogram was kept", fix="observe with histogram=True")
+        return self.bins, self._grid, self.zeros
+
+
+class Statistics(Mapping[str, TensorStatistics]):
+    """Statistics of tensors by name.
+
+    Args:
+        tensors: Name -> statistics.
+        metadata: Anything worth keeping with them, as strings.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, TensorStatistics] | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._tensors = dict(tensors or {})
+        self.metadata = dict(metadata or {})
+
+    def __getitem__(self, name: str) -> TensorStatistics:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __repr__(self) -> str:
+        return f"<Statistics of {len(self)} tensors>"
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of two shards of the data; of metadata that differ, one's own are kept."""
+        merged = dict(self._tensors)
+        for name, tensor in other.items():
+            merged[name] = merged[name].merge(tensor) if name in merged else tensor
+        return Statistics(merged, {**other.metadata, **self.metadata})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write an .npz file, whole or not at all.
+
+        Raises:
+            CalibrationError: The file cannot be written.
+        """
+        arrays: dict[str, Any] = {
+            "about": np.array(
+                json.dumps({"format": _FORMAT, "names": list(self), "metadata": self.metadata})
+            )
+        }
+        tensors = list(self.values())
+        for name, kind in _NUMBERS.items():
+            arrays[name] = np.array([getattr(t, name) for t in tensors], kind)
+        for i, tensor in enumerate(tensors):
+            if tensor.bins is not None:
+                arrays[f"bins{i}"] = tensor.bins
+        target = Path(path)
+        try:
+            handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    np.savez_compressed(file, **arrays)
+                os.replace(beside, target)
+            except BaseException:
+                os.unlink(beside)
+                raise
+        except OSError as error:
+            raise CalibrationError(
+                f"cannot write the statistics: {error.strerror}",
+                where=target,
+                fix="check the folder and the space on the disk",
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            CalibrationError: No such file, or not a whole one.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return cls._parse(file)
+        except FileNotFoundError as error:
+            raise CalibrationError("no such file", where=path, fix="check the path") from error
+        except Exception as error:  # zipfile, zlib, json and numpy: all that a broken file raises
+            raise CalibrationError(
+                f"not a file of statistics: {error}", where=path, fix="collect the statistics again"
+            ) from error
+
+    @classmethod
+    def _parse(cls, file: Mapping[str, np.ndarray]) -> Statistics:
+        about = json.loads(str(file["about"]))
+        if about["format"] != _FORMAT:
+            raise ValueError(f"its format is {about['format']!r}")
+        columns = {name: file[name].astype(kind).tolist() for name, kind in _NUMBERS.items()}
+        tensors = {}
+        for i, name in enumerate(about["names"]):
+            bins = file.get(f"bins{i}")
+            tensor = TensorStatistics(bins=bins, **{k: v[i] for k, v in columns.items()})
+            if bins is not None and (bins.dtype != np.int64 or int(bins.sum()) != tensor.count):
+                raise ValueError(f"the histogram of {name!r} does not add up")
+            tensors[name] = tensor
+        return cls(tensors, about["metadata"])
+
+
+_NUMBERS = {
+    f.name: np.int64 if f.type == "int" else np.float64
+    for f in fields(TensorStatistics)
+    if f.name != "bins"
+}
+
+_Counts = dict[str, tuple[np.ndarray, np.ndarray]]  # tensor -> bins and grid
+
+
+def observe(
+    session: Session,
+    names: Sequence[str],
+    samples: Iterable[Mapping[str, np.ndarray]],
+    *,
+    histogram: bool = True,
+    progress: Callable[[int], None] | None = None,
+    threads: int | None = None,
+) -> Statistics:
+    """Run a model over samples and collect statistics of its tensors.
+
+    A few samples are in flight at a time, each run and observed by one thread: memory does not grow
+    with their number. The result does not depend on the number of threads or on their timing. It is
+    fastest with a session of one thread, since several samples at once need no waiting for one
+    another, as the threads of an operator do.
+
+    Args:
+        session: Puts out the tensors that are to be observed.
+        names: Tensors: inputs or outputs of the session. Those that are not floating-point are
+            left out of the result.
+        samples: One feed each; iterated in the calling thread.
+        histogram: Whether to keep histograms, which the methods percentile, entropy and mse need.
+        progress: Called in the calling thread with 1 after each sample.
+        threads: Samples in flight; None takes what the session's threads leave of the cores, as far
+            as memory is not strained.
+
+    Raises:
+        CalibrationError: No samples, samples that do not fit, or values that are not finite.
+        ModelError: The session has no tensor of a name, or fails.
+    """
+    known = {spec.name for spec in (*session.inputs, *session.outputs)}
+    for name in names:
+        if name not in known:
+            raise ModelError(f"the session does not put out {name!r}", fix="make it an output")
+    observer = _Observer(session, tuple(dict.fromkeys(names)), histogram)
+    streams = threads or _streams(session)
+    pool = ThreadPoolExecutor(streams, thread_name_prefix="onnxq-observe")
+    pending: deque[Future[_Found]] = deque()
+    room = 0  # the first sample runs alone, and tells how much memory a sample takes
+
+    def finish() -> None:
+        nonlocal room
+        found = pending.popleft().result()
+        observer.include(found)
+        room = min(streams, max(1, _ROOM // max(found.bytes, 1))) if threads is None else streams
+        if progress is not None:
+            progress(1)
+
+    try:
+        for index, sample in enumerate(samples):
+            pending.append(pool.submit(observer.run, index, sample))
+            while len(pending) > room:
+                finish()
+        while pending:
+            finish()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return observer.statistics()
+
+
+def _streams(session: Session) -> int:
+    """How many samples at a time keep the cores busy."""
+    if session.threads:
+        return max(1, cores() // session.threads)
+    return min(2, cores())  # one runs on all cores, one is observed
+
+
+@dataclass
+class _Found:
+    """What one sample told: its tensors' moments, and how many bytes they were."""
+
+    moments: dict[str, counting.Moments]
+    bytes: int
+
+
+class _Observer:
+    """Collects what the samples of one run tell."""
+
+    def __init__(self, session: Session, names: tuple[str, ...], histogram: bool) -> None:
+        self.session = session
+        self.names = names
+        self.histogram = histogram
+        self.inputs = {spec.name for spec in session.inputs}
+        self.tensors: dict[str, TensorStatistics] = {}
+        # Histograms of the threads that are between samples: a thread takes one for a sample, so
+        # nothing is ever shared. Counts add up to the same in any order.
+        self.counts: list[_Counts] = []
+
+    def run(self, index: int, feed: Mapping[str, np.ndarray]) -> _Found:
+        """Run one sample and observe its tensors; called by many threads at once."""
+        arrays = self.session.run_shared(feed)
+        try:
+            counts = self.counts.pop()
+        except IndexError:
+            counts = {}
+        found = _Found({}, 0)
+        for name in self.names:
+            array = np.asarray(feed[name]) if name in self.inputs else arrays.pop(name, None)
+            if array is None or array.dtype not in (np.float16, np.float32, np.float64):
+                continue
+            found.bytes += array.nbytes
+            if self.histogram:
+                if name not in counts:
+                    counts[name] = np.zeros(counting.BINS, np.int64), counting.empty_grid()
+                moments = counting.observe(array, *counts[name])
+            else:
+                moments = counting.moments(array)
+            if moments.strange:
+                raise CalibrationError(
+                    f"{moments.strange} of {moments.size} values are NaN or infinite",
+                    where=f"tensor {name}, sample {index}",
+                    fix="check the sample's values and preprocessing, then the model",
+                )
+            found.moments[name] = moments
+        self.counts.append(counts)
+        return found
+
+    def include(self, found: _Found) -> None:
+        """Add the moments of the next sample in order: sums and averages depend on it."""
+        for name, m in found.moments.items():
+            t = self.tensors.setdefault(name, TensorStatistics())
+            if m.size and not t.count:
+                t.ema_minimum, t.ema_maximum = m.minimum, m.maximum
+            elif m.size:
+                t.ema_minimum += AVERAGING * (m.minimum - t.ema_minimum)
+                t.ema_maximum += AVERAGING * (m.maximum - t.ema_maximum)
+            t.count += m.size
+            t.minimum = min(t.minimum, m.minimum)
+            t.maximum = max(t.maximum, m.maximum)
+            t.sum += m.total
+            t.sum_squares += m.squares
+            t.zeros += m.zeros
+            t.batches += 1
+
+    def statistics(self) -> Statistics:
+        """Everything included, once all samples are done."""
+        if not self.tensors and not self.counts:
+            raise CalibrationError("no samples", fix="give at least one")
+        for name, tensor in self.tensors.items():
+            if self.histogram:
+                bins, grid = np.zeros(counting.BINS, np.int64), counting.empty_grid()
+                for counts in self.counts:
+                    if name in counts:
+                        counting.merge(bins, grid, *counts[name])
+                tensor.bins, tensor.exponent, tensor.offset = bins, int(grid[2]), int(grid[3])
+        return Statistics(self.tensors)
+
+
+def needs_compilation() -> bool:
+    """Whether the kernels of this module have to be compiled: seconds, once per installation."""
+    return _jit.needs_compilation(counting, ranges)
+
+
+def warm_up() -> None:
+    """Compile the kernels of this module, or load them from the cache."""
+    values = np.linspace(-1, 1, 9, dtype=np.float32)
+    bins, grid = np.zeros(counting.BINS, np.int64), counting.empty_grid()
+    counting.moments(values)
+    counting.observe(values, bins, grid)
+    counting.merge(bins, grid, bins.copy(), grid.copy())
+    for symmetric in (False, True):
+        ranges.mse(bins, grid, 1, 16 - symmetric, symmetric)
+        ranges.entropy(bins, grid, 1, 16 - symmetric, symmetric)
+    ranges.noise(bins, grid, 1, -1.0, 1.0, 16)

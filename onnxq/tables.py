@@ -1,0 +1,180 @@
+"""What the command line prints: summaries and tables on stdout."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as inspection_of
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from onnxq.api import Comparison, Inspection
+from onnxq.passes import PASSES
+from onnxq.recipe import RECIPES, Recipe, dumps, pass_class
+from onnxq.report import Report
+
+__all__ = ["comparison", "inspection", "megabytes", "pass_list", "pass_page", "summary"]
+
+# Refusals listed one by one before the rest is counted.
+LISTED = 8
+
+
+def summary(report: Report, source: Path, destination: Path) -> None:
+    """What a run achieved and what it declined."""
+    facts = report.facts
+    table = _table("", "")
+    before, after = facts["bytes"]["before"], facts["bytes"]["after"]
+    share = f"{before / after:.1f} times smaller" if after else ""
+    table.add_row("bytes", f"{megabytes(before)} -> {megabytes(after)}, {share}")
+    integers = facts["integers"]
+    if integers["macs"]:
+        table.add_row(
+            "MACs in integers",
+            f"{100 * integers['share']:.1f} % of {millions(integers['macs'])} a sample"
+            f" (measured on the graph that onnxruntime {facts['versions']['onnxruntime']} runs)",
+        )
+    for output in facts.get("outputs", []):
+        table.add_row(f"output {output['name']}", error_line(output))
+    seconds = ", ".join(f"{p.name} {p.seconds:.1f}" for p in report.passes if p.seconds >= 0.05)
+    table.add_row("seconds", f"{facts['seconds']:.1f}" + (f" ({seconds})" if seconds else ""))
+    click.echo(f"{source} -> {destination}")
+    _print(table)
+    for line in refusals(report):
+        click.echo(line)
+
+
+def refusals(report: Report) -> list[str]:
+    """What stayed in float or was left alone, and why, one line each."""
+    lines = [f"note: {note}" for note in report.notes]
+    layers = {n["name"]: n for n in report.facts["integers"]["layers"] if not n["integer"]}
+    listed = [(n["name"], n["op"], n["reason"]) for n in layers.values()]
+    skipped = [(s.layer, p, s.why) for p, s in report.skipped if s.layer not in layers]
+    for name, kind, why in listed[:LISTED]:
+        lines.append(f"in float: {name} ({kind}): {why}")
+    if len(listed) > LISTED:
+        lines.append(f"in float: {len(listed) - LISTED} more layers, see --json")
+    for name, kind, why in skipped[:LISTED]:
+        lines.append(f"left alone by {kind}: {name}: {why}")
+    if len(skipped) > LISTED:
+        lines.append(f"left alone: {len(skipped) - LISTED} more, see --json")
+    return lines
+
+
+def error_line(output: dict[str, Any]) -> str:
+    """One output's error in a line."""
+    parts = []
+    if output.get("sqnr_db") is not None:
+        parts.append(f"SQNR {output['sqnr_db']:.1f} dB")
+    if output.get("cosine") is not None:
+        parts.append(f"cosine {output['cosine']:.5f}")
+    if output.get("top1_agreement") is not None:
+        parts.append(f"top-1 agreement {100 * output['top1_agreement']:.1f} %")
+    if output.get("equal") is not None:
+        parts.append(f"equal {100 * output['equal']:.1f} %")
+    return ", ".join(parts) + f" on {output['samples']} samples"
+
+
+def comparison(result: Comparison) -> None:
+    """Errors per output, sizes, latency."""
+    table = _table("output", "SQNR dB", "cosine", "max |error|", "top-1 agreement", "samples")
+    for output in (o.to_dict() for o in result.outputs):
+        table.add_row(
+            output["name"],
+            _number(output.get("sqnr_db"), ".2f"),
+            _number(output.get("cosine"), ".6f"),
+            _number(output.get("max_abs_error"), ".4g"),
+            _number(output.get("top1_agreement"), ".2%"),
+            str(output["samples"]),
+        )
+    _print(table)
+    first, second = result.bytes
+    click.echo(f"bytes: {megabytes(first)} -> {megabytes(second)}, {first / second:.2f} times")
+    if result.latency_ms:
+        first_ms, second_ms = result.latency_ms
+        threads = f"{result.threads} threads" if result.threads else "all cores"
+        click.echo(
+            f"latency: {first_ms:.2f} ms -> {second_ms:.2f} ms a sample,"
+            f" {first_ms / second_ms:.2f} times, median of alternating runs, {threads}"
+        )
+
+
+def inspection(result: Inspection) -> None:
+    """Layers, cost and weight ranges."""
+    click.echo(f"{result.path}: opset {result.opset}, constants {megabytes(result.nbytes)}")
+    click.echo("inputs:  " + "; ".join(result.inputs))
+    click.echo("outputs: " + "; ".join(result.outputs))
+    click.echo("operators: " + ", ".join(f"{n} {op}" for op, n in result.operators.items()))
+    columns = ("layer", "op", "weight", "parameters", "MACs", "min", "max", "spread")
+    table = _table(*columns)
+    for layer in result.layers:
+        table.add_row(
+            layer.cost.name,
+            layer.cost.op,
+            "x".join(map(str, layer.weight_shape)),
+            f"{layer.cost.parameters:,}",
+            "?" if layer.cost.macs is None else f"{layer.cost.macs:,}",
+            f"{layer.low:.4g}",
+            f"{layer.high:.4g}",
+            f"{layer.spread:.1f}",
+        )
+    _print(table)
+    macs = [layer.cost.macs for layer in result.layers if layer.cost.macs is not None]
+    parameters = sum(layer.cost.parameters for layer in result.layers)
+    click.echo(f"sum: {parameters:,} parameters, {sum(macs):,} MACs a sample")
+    click.echo("spread: largest |weight| of a channel over the median channel's")
+    for note in result.notes:
+        click.echo(f"note: {note}")
+
+
+def pass_list() -> None:
+    """The passes and recipes, a line each."""
+    table = _table("pass", "what it does")
+    for name in PASSES:
+        table.add_row(name, (inspection_of.getdoc(pass_class(name)) or "").split("\n")[0])
+    _print(table)
+    click.echo(f"recipes: {', '.join(RECIPES)}; onnxq passes NAME shows one pass")
+
+
+def pass_page(name: str) -> None:
+    """One pass: its options and its docstring."""
+    found = pass_class(name)
+    click.echo(f"{name}\n")
+    click.echo(inspection_of.getdoc(found))
+    missing = [f.name for f in dataclasses.fields(found) if f.default is dataclasses.MISSING]
+    if missing:
+        click.echo(f"\nRequired: {', '.join(missing)}")
+    else:
+        click.echo("\nIn a recipe, with its defaults:\n")
+        click.echo(dumps(Recipe(passes=(found(),))).strip())
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people: MB are millions of bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def millions(count: int) -> str:
+    """A large count for people."""
+    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD if any(columns) else None, show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "default", overflow="fold")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)

@@ -1,0 +1,138 @@
+"""What each runtime executes in integers: operators, number formats, rules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from onnxq.encoding import Format
+from onnxq.errors import TargetError
+
+__all__ = ["TARGETS", "Kernel", "Target"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How a target runs one operator in integers.
+
+    Args:
+        role: ``layer`` multiplies by weights and carries the MACs; ``elementwise`` computes;
+            ``join`` puts tensors side by side; ``move`` only moves values, and needs the same scale
+            and zero point on both sides.
+        float_output: Whether the operator may leave integers at its output, at no cost.
+    """
+
+    role: Literal["layer", "elementwise", "join", "move"]
+    float_output: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """A contract: what may be written so that the runtime really executes it in integers.
+
+    Args:
+        name: Its name on the command line.
+        summary: One sentence.
+        kernels: Operator type -> how it runs in integers.
+        activations: Element types of activations.
+        pairs: (activation, weight) element types that have kernels.
+        source: Where these facts come from.
+    """
+
+    name: str
+    summary: str
+    kernels: Mapping[str, Kernel]
+    activations: tuple[str, ...]
+    pairs: frozenset[tuple[str, str]]
+    source: str
+
+    @classmethod
+    def named(cls, name: str | Target) -> Target:
+        """The target of a name.
+
+        Raises:
+            TargetError: No target has that name.
+        """
+        if isinstance(name, Target):
+            return name
+        if name in TARGETS:
+            return TARGETS[name]
+        near = difflib.get_close_matches(name, TARGETS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"targets are {', '.join(TARGETS)}"
+        raise TargetError(f"no target {name!r}", fix=hint)
+
+    def check(self, weights: Format, activations: Format) -> None:
+        """Refuse formats for which the target has no integer kernels.
+
+        Raises:
+            TargetError: Names the rule and the nearest legal choice.
+        """
+        if activations.granularity != "tensor":
+            raise TargetError(
+                f"{self.name} has one scale per activation tensor, not {activations}",
+                fix=f"use --activations {activations.dtype}",
+            )
+        if activations.dtype not in self.activations:
+            raise TargetError(
+                f"{self.name} computes in {' or '.join(self.activations)}, not {activations}",
+                fix=f"use --activations {self.activations[0]}",
+            )
+        legal = [w for a, w in sorted(self.pairs) if a == activations.dtype]
+        if weights.dtype not in legal:
+            raise TargetError(
+                f"{self.name} has no integer kernels for {weights} weights"
+                f" with {activations} activations",
+                fix=f"use --weights {' or '.join(legal)}",
+            )
+        if weights.granularity == "block":
+            raise TargetError(
+                f"{self.name} has no integer kernels for blocks of weights",
+                fix=f"use --weights {weights.dtype}/channel",
+            )
+
+
+_LAYER = Kernel("layer")
+_ELEMENTWISE = Kernel("elementwise")
+_MOVE = Kernel("move")
+
+# onnxruntime's CPU provider: probed on 1.32 at optimization level EXTENDED, see docs/architecture.md.
+_ORT_KERNELS = {
+    "Conv": _LAYER,
+    "Gemm": Kernel("layer", float_output=True),
+    "MatMul": Kernel("layer", float_output=True),
+    "Add": _ELEMENTWISE,
+    "Mul": _ELEMENTWISE,
+    "AveragePool": _ELEMENTWISE,
+    "GlobalAveragePool": _ELEMENTWISE,
+    "LeakyRelu": _ELEMENTWISE,
+    "Sigmoid": _ELEMENTWISE,
+    "Softmax": _ELEMENTWISE,
+    "Concat": Kernel("join"),
+    "DepthToSpace": _MOVE,
+    "Expand": _MOVE,
+    "Flatten": _MOVE,
+    "Gather": _MOVE,
+    "MaxPool": _MOVE,
+    "Pad": _MOVE,
+    "Reshape": _MOVE,
+    "Resize": _MOVE,
+    "Slice": _MOVE,
+    "Split": _MOVE,
+    "Squeeze": _MOVE,
+    "Tile": _MOVE,
+    "Transpose": _MOVE,
+    "Unsqueeze": _MOVE,
+}
+
+TARGETS = {
+    "ort-cpu": Target(
+        name="ort-cpu",
+        summary="ONNX Runtime's CPU execution provider, desktop, server and mobile",
+        kernels=_ORT_KERNELS,
+        activations=("uint8", "int8"),
+        pairs=frozenset({("uint8", "int8"), ("uint8", "uint8"), ("int8", "int8")}),
+        source="onnxruntime 1.32, qdq_selectors.cc and probes of its optimized graphs",
+    ),
+}

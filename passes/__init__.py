@@ -1,0 +1,39 @@
+"""The passes: each reads a graph and writes a graph, one file per pass, named as papers name it.
+
+Passes load when first asked for, so that `from onnxq.passes import Clean` loads nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxq.passes.calibrate import Calibrate
+    from onnxq.passes.clean import Clean
+    from onnxq.passes.fold_batch_norm import FoldBatchNorm
+    from onnxq.passes.insert_qdq import InsertQDQ
+    from onnxq.passes.load_encodings import LoadEncodings
+
+__all__ = ["PASSES", "Calibrate", "Clean", "FoldBatchNorm", "InsertQDQ", "LoadEncodings"]
+
+# name in recipes and on the command line -> where the class is
+PASSES = {
+    "clean": "onnxq.passes.clean:Clean",
+    "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
+    "calibrate": "onnxq.passes.calibrate:Calibrate",
+    "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
+    "insert-qdq": "onnxq.passes.insert_qdq:InsertQDQ",
+}
+
+
+def __getattr__(name: str) -> Any:
+    for path in PASSES.values():
+        module, _, class_name = path.partition(":")
+        if class_name == name:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

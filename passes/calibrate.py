@@ -1,0 +1,244 @@
+"""Weight encodings from the weights, activation encodings from streamed statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+
+from onnxq.encoding import Encoding, Format
+from onnxq.errors import ModelError
+from onnxq.model import Layer, Model, consumers
+from onnxq.pass_manager import Changes, Context
+from onnxq.placement import Placement, data_inputs, integer_nodes, place
+from onnxq.statistics import Method, Statistics, TensorStatistics
+
+__all__ = ["Calibrate"]
+
+# Bias integers stay below 2^30, so that adding the products (at most 2^30 too) cannot overflow int32.
+BIAS_LIMIT = float(1 << 30)
+# Sharing a Concat's scale may raise the noise that an input's other readers see by this factor.
+SHARED_NOISE = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrate:
+    """Propose an encoding for each weight and each activation that is to be in integers.
+
+    Where integers flow is decided by `onnxq.placement`.  Activation ranges come from one pass over
+    the samples::
+
+        samples -> onnxruntime -> histogram per tensor -> range -> scale = (high - low) / 255
+                                                                   zero point = round(-low / scale)
+
+    1. A tensor that only moves data (Reshape, MaxPool, Pad...) has the encoding of its source.
+    2. The inputs of a Concat take the encoding of its result, unless that would undo a Relu or
+       Clip of theirs or coarsen them for their other readers; those are requantized instead.
+    3. The range after a Relu or Clip stays within its bounds, so that the runtime can drop it.
+    4. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
+
+    Refused, and left in float: what the target has no integer kernel for, weights and biases that
+    are computed, what `exclude` names.
+
+    Args:
+        weights: Format of weights, such as int8/channel.
+        activations: Format of activations, such as uint8.
+        method: minmax, moving-average, percentile, entropy (KL divergence, as TensorRT) or mse
+            (least expected squared error, as AIMET's tf-enhanced).
+        percentile: Share of values inside the range, in percent, for method percentile.
+        exclude: Globs on node names and operator types that stay in float.
+
+    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy).
+    """
+
+    name: ClassVar[str] = "calibrate"
+
+    weights: str = "int8/channel"
+    activations: str = "uint8"
+    method: Method = "mse"
+    percentile: float = 99.999
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        Format.parse(self.weights)
+        Format.parse(self.activations)
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Fill `model.encodings`."""
+        changes = Changes()
+        ctx.target.check(Format.parse(self.weights), Format.parse(self.activations))
+        model.raise_opset(13)  # the first with scales per axis
+        placement = place(model, ctx.target, self.exclude)
+        model.encodings.float_nodes = dict(placement.float_nodes)
+        for layer in model.layers():
+            if layer.name in placement.float_nodes:
+                changes.skip(layer.name, placement.float_nodes[layer.name])
+        activations = _Activations(self, model, placement, ctx).encode()
+        model.encodings.replace(activations)
+        weights = self._encode_constants(model, placement)
+        changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
+        changes.add(f"{weights} weights: {self.weights}")
+        return changes
+
+    def _encode_constants(self, model: Model, placement: Placement) -> int:
+        count = 0
+        for node in model.graph.nodes:
+            if node.name not in placement.nodes:
+                continue
+            layer = Layer.of(model, node)
+            if layer is not None:
+                self._encode_weight(model, layer)
+                count += 1
+                continue
+            for tensor in data_inputs(node, placement.nodes[node.name]):
+                if (
+                    not tensor.inputs
+                    and tensor.name not in model.encodings
+                    and _is_constant(tensor)
+                ):
+                    values = finite(model, tensor)
+                    dtype = Format.parse(self.activations).dtype
+                    model.encodings[tensor.name] = Encoding.of_range(
+                        values.min(initial=0), values.max(initial=0), dtype
+                    )
+        return count
+
+    def _encode_weight(self, model: Model, layer: Layer) -> None:
+        values = finite(model, layer.weight_tensor)
+        known = model.encodings.get(layer.weight_tensor.name)
+        encoding = self._weight_encoding(layer, values)
+        if known is not None and known.axis != encoding.axis:
+            layer.set_weight(values)  # a copy: another layer reads it along another axis
+            known = None
+        if known is not None:
+            encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))
+        x = model.encodings.get(layer.x.name)
+        if x is not None and layer.bias is not None:
+            encoding = guard_bias(encoding, finite(model, layer.bias_tensor), float(x.scale))
+        model.encodings[layer.weight_tensor.name] = encoding
+
+    def _weight_encoding(self, layer: Layer, values: np.ndarray) -> Encoding:
+        wanted = Format.parse(self.weights)
+        if layer.side == 0:  # MatMul with its weight on the left: one type and scale for that side
+            dtype = Format.parse(self.activations).dtype
+            return Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
+        if wanted.granularity == "tensor" or (layer.op == "MatMul" and values.ndim != 2):
+            if wanted.dtype.startswith("u"):
+                return Encoding.of_range(values.min(initial=0), values.max(initial=0), wanted.dtype)
+            return Encoding.symmetric(np.abs(values).max(initial=0), wanted.dtype)
+        axis = layer.channel_axis
+        others = tuple(i for i in range(values.ndim) if i != axis)
+        bound = np.abs(values).max(axis=others, initial=0)
+        # A channel of zeros has no scale of its own; the finest of the others keeps its bias exact.
+        bound = np.where(bound > 0, bound, bound[bound > 0].min(initial=np.inf))
+        return Encoding.symmetric(np.where(np.isfinite(bound), bound, 0), wanted.dtype, axis)
+
+
+class _Activations:
+    """Encodings of activations: statistics, shared groups, bounds."""
+
+    def __init__(self, step: Calibrate, model: Model, placement: Placement, ctx: Context) -> None:
+        self.step = step
+        self.format = Format.parse(step.activations)
+        self.placement = placement
+        self.source = {name: name for name in placement.tensors}
+        for name, result in placement.moves:
+            self.source[result] = self.source[name]
+        joined = {out: names for names, out in placement.joins if out not in placement.bounds}
+        roots = dict.fromkeys(self.source.values())
+        observed = [n for n in roots if n not in joined]
+        histogram = step.method in ("percentile", "entropy", "mse")
+        measured = ctx.statistics(model, observed, histogram=histogram)
+        self.readers = {n: len(consumers(t)) for n, t in model.tensors().items()}
+        self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
+        for names, out in placement.joins:
+            if out in joined:
+                self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
+
+    def encode(self) -> dict[str, Encoding]:
+        encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
+        for names, out in reversed(self.placement.joins):
+            joint = encodings[self.source[out]]
+            for name in names:
+                root = self.source[name]
+                if self._may_share(root, encodings[root], joint):
+                    encodings[root] = joint
+        return {name: encodings[root] for name, root in self.source.items()}
+
+    def _encode(self, name: str) -> Encoding:
+        low, high = self.statistics[name].range(
+            self.step.method, bits=self.format.bits, percentile=self.step.percentile
+        )
+        bounds = self.placement.bounds.get(name)
+        if bounds is None:
+            return Encoding.of_range(low, high, self.format.dtype)
+        low, high = max(low, bounds[0]), min(high, bounds[1])
+        return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
+
+    def _may_share(self, name: str, own: Encoding, joint: Encoding) -> bool:
+        """Whether a Concat input may take the encoding of the result."""
+        bounds = self.placement.bounds.get(name)
+        if bounds is not None and (joint.low < bounds[0] or joint.high > bounds[1]):
+            return False
+        if self.readers[name] <= 1:
+            return True  # rounding once, to the joint grid, beats rounding twice
+        noise = [_noise(self.statistics[name], e) for e in (joint, own)]
+        return noise[0] <= SHARED_NOISE * noise[1]
+
+
+def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding:
+    """Raise weight scales until the int32 bias, scale s_x * s_w, stays below 2^30.
+
+    Args:
+        encoding: Of the weight, per tensor or per channel.
+        bias: One value per output channel.
+        x_scale: Scale of the layer's input.
+    """
+    needed = np.abs(np.asarray(bias, np.float64).reshape(-1)) / (x_scale * BIAS_LIMIT)
+    if encoding.axis is None:
+        needed = needed.max(initial=0.0)
+    elif needed.shape != encoding.scale.shape:
+        return encoding
+    if np.all(needed <= encoding.scale):
+        return encoding
+    return replace(
+        encoding, scale=np.maximum(encoding.scale, needed * (1 + 1e-6)).astype(np.float32)
+    )
+
+
+def finite(model: Model, tensor: object) -> np.ndarray:
+    """The values of a constant.
+
+    Raises:
+        ModelError: A value is NaN or infinite.
+    """
+    values = model.array(tensor)
+    if not np.isfinite(values).all():
+        bad = int(values.size - np.isfinite(values).sum())
+        raise ModelError(
+            f"{bad} of {values.size} values are NaN or infinite",
+            where=f"weight {tensor.name}",
+            fix="export the model again from a healthy checkpoint",
+        )
+    return values
+
+
+def _merged(known: Mapping[str, TensorStatistics], names: list[str]) -> TensorStatistics:
+    total = known[names[0]]
+    for name in names[1:]:
+        total = total.merge(known[name])
+    return total
+
+
+def _noise(statistics: TensorStatistics, encoding: Encoding) -> float:
+    if statistics.bins is None:
+        return float(encoding.scale) ** 2 / 12
+    return statistics.noise(encoding.low, encoding.high, encoding.qmax - encoding.qmin + 1)
+
+
+def _is_constant(tensor: object) -> bool:
+    import onnx_graphsurgeon as gs
+
+    return isinstance(tensor, gs.Constant)

@@ -1,0 +1,235 @@
+"""Make encodings real: QuantizeLinear and DequantizeLinear where the runtime fuses them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.encoding import Encoding
+from onnxq.model import Layer, Model, consumers, producer, rewire
+from onnxq.ops import bias_input
+from onnxq.pass_manager import Changes, Context
+from onnxq.placement import absorbed, data_inputs, integer_nodes
+from onnxq.targets import Kernel
+
+__all__ = ["InsertQDQ"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InsertQDQ:
+    """Write the model's encodings as QuantizeLinear (Q) and DequantizeLinear (DQ).
+
+    Before and after, for a convolution whose Relu the integer kernel takes over::
+
+        x -> Conv -> Relu -> y          x -> Q -> DQ -> Conv -> Relu -> Q -> DQ -> y
+             /  \                                       /  \
+            W    b                       DQ(W: int8) --'    '-- DQ(b: int32, scale s_x * s_w)
+
+    1. A node runs in integers if the target has a kernel for it, everything that it reads has an
+       encoding, and so has its result (Gemm and MatMul may also give float).
+    2. The pair stands after the tensor.  Behind an integer node every reader gets the DQ; behind
+       a float node only the integer readers do, the others keep the exact float.
+    3. A bias becomes int32 with scale s_x * s_w and zero point 0, one copy per layer.
+    4. Pad has no fusion of its own, so it is written on the integers, padding with the zero point.
+    5. An output of the model keeps its name.
+
+    Nothing is written around nodes that stay in float.
+
+    Source: ONNX operator specification; onnxruntime's qdq_selectors.cc.
+    """
+
+    name: ClassVar[str] = "insert-qdq"
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Rewrite the graph."""
+        changes = Changes()
+        model.raise_opset(13)
+        nodes = integer_nodes(model, ctx.target)
+        if not nodes:
+            changes.skip("model", "no operator that the target runs in integers has encodings")
+            return changes
+        writer = _Writer(model, nodes)
+        writer.constants()
+        writer.activations()
+        model.insert(writer.added)
+        model.cleanup()
+        changes.add(f"{len(nodes)} nodes in integers, {writer.pairs} Q/DQ pairs")
+        return changes
+
+
+class _Writer:
+    def __init__(self, model: Model, nodes: dict[str, Kernel]) -> None:
+        self.model = model
+        self.kernels = {id(n): nodes[n.name] for n in model.graph.nodes if n.name in nodes}
+        self.nodes = [n for n in model.graph.nodes if id(n) in self.kernels]
+        self.added: list[gs.Node] = []
+        self.pairs = 0
+        self._integers: dict[str, gs.Variable] = {}
+        self._weights: dict[str, gs.Variable] = {}
+
+    # -------------------------------------------------------------- weights and biases
+
+    def constants(self) -> None:
+        """Constants of integer nodes to integers, and biases to int32."""
+        for node in self.nodes:
+            layer = Layer.of(self.model, node)
+            for index, tensor in enumerate(node.inputs):
+                data = data_inputs(node, self.kernels[id(node)])
+                if isinstance(tensor, gs.Constant) and any(t is tensor for t in data):
+                    encoding = self.model.encodings[tensor.name]
+                    if layer is not None and layer.bias is not None:
+                        self._bias(layer, encoding)
+                    node.inputs[index] = self._dequantized(tensor, encoding)
+
+    def _dequantized(self, tensor: gs.Constant, encoding: Encoding) -> gs.Variable:
+        if tensor.name not in self._weights:
+            values = encoding.quantize(self.model.array(tensor))
+            integers = self.model.constant(f"{tensor.name}_quantized", values)
+            self._weights[tensor.name] = self._dequantize(tensor.name, integers, encoding)
+        return self._weights[tensor.name]
+
+    def _bias(self, layer: Layer, weight: Encoding) -> None:
+        """int32, scale s_x * s_w computed in float32 as the runtime computes it."""
+        x = self.model.encodings[layer.x.name]
+        scale = (x.scale.astype(np.float32) * weight.scale.astype(np.float32)).reshape(-1)
+        values = np.asarray(layer.bias, np.float64).reshape(-1)
+        if weight.axis is None:
+            axis, scale = None, scale.reshape(())
+        else:
+            axis = 0
+        steps = np.rint(values / scale.astype(np.float64))
+        integers = np.clip(steps, -(2**31), 2**31 - 1).astype(np.int32)
+        encoding = Encoding("int32", scale, np.zeros(scale.shape, np.int32), axis)
+        name = f"{layer.name}.bias"
+        constant = self.model.constant(f"{name}_quantized", integers)
+        index = bias_input(layer.op)
+        assert index is not None
+        layer.node.inputs[index] = self._dequantize(name, constant, encoding)
+
+    # -------------------------------------------------------------- activations
+
+    def activations(self) -> None:
+        """Q/DQ pairs at every activation that an integer node reads or writes."""
+        results: dict[str, gs.Tensor] = {}
+        reads: dict[str, gs.Tensor] = {}
+        for node in self.nodes:
+            kernel = self.kernels[id(node)]
+            for tensor in data_inputs(node, kernel):
+                if tensor.name in self.model.encodings and not isinstance(tensor, gs.Constant):
+                    reads[tensor.name] = tensor
+            for tensor in node.outputs:
+                if tensor.name:
+                    activation = absorbed(self.model, tensor, kernel)
+                    end = tensor if activation is None else activation.outputs[0]
+                    if end.name in self.model.encodings:
+                        results[end.name] = end
+        pads = {id(n): n for n in self.nodes if n.op == "Pad"}
+        for name, tensor in {**reads, **results}.items():
+            source = producer(tensor)
+            if source is not None and id(source) in pads:
+                continue
+            self._pair(tensor, everyone=name in results)
+        for node in self.nodes:
+            if id(node) in pads:
+                self._pad(node)
+
+    def _pair(self, tensor: gs.Tensor, *, everyone: bool) -> None:
+        """Q after the tensor, DQ for its readers: all of them, or the integer ones."""
+        encoding = self.model.encodings[tensor.name]
+        readers = [n for n in consumers(tensor) if everyone or self._reads_integers(n, tensor)]
+        raw = tensor
+        if everyone and self.model.is_output(tensor):
+            raw = self._renamed(tensor)
+        scale, zero = self._grid(tensor.name, encoding)
+        integers = self.model.variable(f"{tensor.name}_QuantizeLinear_Output", encoding.dtype)
+        integers.dtype = np.dtype(encoding.dtype)
+        integers.shape = tensor.shape
+        self._add("QuantizeLinear", tensor.name, [raw, scale, zero], integers)
+        self._integers[tensor.name] = integers
+        self._give(tensor, integers, (scale, zero), readers, output=raw is not tensor)
+
+    def _give(
+        self,
+        tensor: gs.Tensor,
+        integers: gs.Variable,
+        grid: tuple[gs.Constant, gs.Constant],
+        readers: list[gs.Node],
+        *,
+        output: bool,
+    ) -> None:
+        """DQ for readers, and one more under the tensor's own name if it is an output."""
+        self.pairs += 1
+        if readers:
+            result = self.model.variable(f"{tensor.name}_DequantizeLinear_Output", np.float32)
+            result.shape = tensor.shape
+            for reader in readers:
+                rewire(reader, tensor, result)
+            self._add("DequantizeLinear", tensor.name, [integers, *grid], result)
+        if output:
+            self._add("DequantizeLinear", f"{tensor.name}_output", [integers, *grid], tensor)
+
+    def _renamed(self, tensor: gs.Tensor) -> gs.Variable:
+        """Move the producer to another name, so that the output's name is free for the DQ."""
+        raw = self.model.variable(f"{tensor.name}_float", tensor.dtype, tensor.shape)
+        source = tensor.inputs[0]
+        for index, out in enumerate(source.outputs):
+            if out is tensor:
+                source.outputs[index] = raw
+        return raw
+
+    def _pad(self, node: gs.Node) -> None:
+        source, result = node.inputs[0], node.outputs[0]
+        integers = self._integers_of(source)
+        encoding = self.model.encodings[result.name]
+        scale, zero = self._grid(result.name, encoding)
+        node.inputs[0] = integers
+        while len(node.inputs) < 3:
+            node.inputs.append(gs.Variable.empty())
+        node.inputs[2] = zero
+        readers = consumers(result)
+        padded = self.model.variable(f"{result.name}_quantized", np.dtype(encoding.dtype))
+        padded.shape = result.shape
+        node.outputs[0] = padded
+        self._integers[result.name] = padded
+        output = self.model.is_output(result)
+        self._give(result, padded, (scale, zero), readers, output=output)
+
+    def _integers_of(self, tensor: gs.Tensor) -> gs.Variable:
+        """The integers behind a DQ that was put before a node, or those of the tensor itself."""
+        source = producer(tensor)
+        if source is not None and source.op == "DequantizeLinear":
+            return source.inputs[0]
+        return self._integers[tensor.name]
+
+    # -------------------------------------------------------------- small parts
+
+    def _reads_integers(self, node: gs.Node, tensor: gs.Tensor) -> bool:
+        kernel = self.kernels.get(id(node))
+        return kernel is not None and any(t is tensor for t in data_inputs(node, kernel))
+
+    def _grid(self, name: str, encoding: Encoding) -> tuple[gs.Constant, gs.Constant]:
+        zero = encoding.zero_point.astype(encoding.dtype)
+        return (
+            self.model.constant(f"{name}_scale", encoding.scale.astype(np.float32)),
+            self.model.constant(f"{name}_zero_point", zero),
+        )
+
+    def _dequantize(self, name: str, integers: gs.Tensor, encoding: Encoding) -> gs.Variable:
+        result = self.model.variable(f"{name}_DequantizeLinear_Output", np.float32)
+        attrs = {} if encoding.axis is None else {"axis": encoding.axis}
+        self._add("DequantizeLinear", name, [integers, *self._grid(name, encoding)], result, attrs)
+        return result
+
+    def _add(
+        self,
+        op: str,
+        name: str,
+        inputs: list[gs.Tensor],
+        output: gs.Tensor,
+        attrs: dict[str, int] | None = None,
+    ) -> None:
+        node = gs.Node(op, f"{name}_{op}", attrs or {}, inputs, [output])
+        self.added.append(node)

@@ -1,0 +1,55 @@
+"""Take encodings from a file instead of calibrating."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxq import encodings_json
+from onnxq.errors import RecipeError
+from onnxq.model import Model
+from onnxq.pass_manager import Changes, Context
+
+__all__ = ["LoadEncodings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadEncodings:
+    """Replace the model's encodings by those of a JSON file.
+
+    Before and after::
+
+        encodings: anything          encodings: those of the file
+
+    Refused: a file that names tensors or nodes which the model does not have.
+
+    Args:
+        path: An encodings file, as `onnxq quantize --save-encodings` writes it.
+    """
+
+    name: ClassVar[str] = "load-encodings"
+
+    path: str
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Read the file into `model.encodings`."""
+        changes = Changes()
+        model.raise_opset(13)
+        encodings = encodings_json.load(self.path)
+        known = [*model.tensors()]
+        nodes = [n.name for n in model.graph.nodes]
+        for name, names, kind in (
+            *((n, known, "tensor") for n in encodings),
+            *((n, nodes, "node") for n in encodings.float_nodes),
+        ):
+            if name not in set(names):
+                near = difflib.get_close_matches(name, names, 1)
+                raise RecipeError(
+                    f"the model has no {kind} {name!r}",
+                    where=self.path,
+                    fix=f"did you mean {near[0]}?" if near else "use the encodings of this model",
+                )
+        model.encodings = encodings
+        changes.add(f"{len(encodings)} encodings from {self.path}")
+        return changes

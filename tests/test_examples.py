@@ -1,0 +1,81 @@
+"""The example that `make demo` and the README run: the model, its data, the way to int8."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+
+
+@pytest.fixture
+def score(monkeypatch):
+    """The example's own scoring module, found as its scripts find it."""
+    monkeypatch.syspath_prepend(DIGITS)
+    monkeypatch.delitem(sys.modules, "score", raising=False)
+    import score
+
+    yield score
+    del sys.modules["score"]
+
+
+def test_the_model_is_valid_and_keeps_its_batch_norms():
+    model = onnx.load(DIGITS / "digits.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    ops = [node.op_type for node in model.graph.node]
+    assert ops.count("BatchNormalization") == 5
+    assert ops.count("Conv") == 5
+    assert model.opset_import[0].version == 17
+    assert model.ir_version == 8
+
+
+def test_the_model_scores(score):
+    assert score.top1(score.predictions(DIGITS / "digits.onnx")) >= 97
+
+
+def test_the_samples_fit_the_model():
+    samples = sorted((DIGITS / "calib").glob("*.npz"))
+    assert len(samples) == 100
+    for sample in samples:
+        with np.load(sample) as arrays:
+            assert arrays.files == ["input"]
+            check_pictures(arrays["input"], count=1)
+    with np.load(DIGITS / "test.npz") as test:
+        check_pictures(test["input"], count=500)
+        assert np.bincount(test["labels"], minlength=10).min() >= 40
+
+
+def check_pictures(x, count):
+    assert x.dtype == np.float32
+    assert x.shape == (count, 1, 8, 8)
+    assert x.min() == 0
+    assert x.max() <= 1
+
+
+def test_the_files_are_small_enough_for_git():
+    assert sum(f.stat().st_size for f in DIGITS.rglob("*") if f.is_file()) < 500_000
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-model.onnx"]])
+def test_score_refuses_what_it_cannot_score(arguments):
+    assert run("score.py", *arguments).returncode != 0
+
+
+def test_the_demo_from_end_to_end(score, tmp_path):
+    done = run("demo.py", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    before, after = DIGITS / "digits.onnx", tmp_path / "digits.int8.onnx"
+    assert after.stat().st_size < before.stat().st_size
+    accuracy = [score.top1(score.predictions(model)) for model in (before, after)]
+    assert abs(accuracy[0] - accuracy[1]) <= 1
+    said = re.search(r"^  right +([\d.]+) % +([\d.]+) %", done.stdout, re.MULTILINE)
+    assert [float(n) for n in said.groups()] == pytest.approx(accuracy)
+
+
+def run(script, *arguments):
+    command = [sys.executable, DIGITS / script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
