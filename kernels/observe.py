@@ -27,6 +27,7 @@ BINS = 2048
 # w stays a normal float32 with a normal inverse, and bin numbers stay exact in float32
 MIN_EXPONENT = -126
 _MAX_INDEX = 1 << 24
+_LEAST = 2.0**-200  # below every float32
 
 _BLOCK = 4096  # values; with its bin numbers 32 KiB
 _SPARE = 32  # bins that take the zeros
@@ -99,7 +100,7 @@ def _float32(x: np.ndarray) -> Iterator[np.ndarray]:
     """The values as float32 vectors of the one layout that kernels are compiled for."""
     flat = x.reshape(-1)
     if flat.dtype == np.float32:
-        yield np.require(flat, np.float32, "CAW")
+        yield flat if flat.flags.carray else flat.copy()
     else:
         for start in range(0, max(flat.size, 1), _CONVERT):
             with np.errstate(over="ignore"):  # becomes inf, and is counted as such
@@ -225,8 +226,9 @@ def _include(bins: np.ndarray, grid: np.ndarray, low: float, high: float) -> Non
 @kernel
 def _exponent(low: float, high: float, bins: int) -> int:
     """The least exponent whose bins hold low <= high."""
-    largest = max(abs(low), abs(high))
-    exponent = max(frexp(largest)[1] - 25, frexp((high - low) / bins)[1] - 2, MIN_EXPONENT)
+    largest = max(abs(low), abs(high), _LEAST)
+    step = max((high - low) / bins, _LEAST)
+    exponent = max(frexp(largest)[1] - 25, frexp(step)[1] - 2, MIN_EXPONENT)
     while True:
         a, b = floor(ldexp(low, -exponent)), floor(ldexp(high, -exponent))
         if b - a < bins and a >= -_MAX_INDEX and b <= _MAX_INDEX:

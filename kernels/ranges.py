@@ -80,7 +80,9 @@ def noise(
     total = int(bins.sum())
     if total == 0:
         return 0.0
-    return float(_noise(*_weights(bins, grid, zeros), low, high, levels)) / total
+    # plain numbers: others would have the kernel compiled anew
+    weights = _weights(bins, grid, zeros)
+    return _noise(*weights, float(low), float(high), int(levels)) / total
 
 
 def mse(
@@ -99,14 +101,13 @@ def mse(
     """
     if not bins.any():
         return 0.0, 0.0
-    low, high = min(grid[0], 0.0), max(grid[1], 0.0)
+    low, high, levels = min(float(grid[0]), 0.0), max(float(grid[1]), 0.0), int(levels)
     weights = _weights(bins, grid, zeros)
     if symmetric:
         bound = max(-low, high)
         _, bound = _least_noise(*weights, -bound, bound, levels, True)
-        return max(float(-bound), float(low)), min(float(bound), float(high))
-    least, greatest = _least_noise(*weights, low, high, levels, False)
-    return float(least), float(greatest)
+        return max(-bound, low), min(bound, high)
+    return _least_noise(*weights, low, high, levels, False)
 
 
 def entropy(
@@ -117,6 +118,8 @@ def entropy(
     The clipped histogram, outliers piled onto its ends, against the same slice without them,
     averaged over each of the quantizer's levels: the range with the least Kullback-Leibler
     divergence between the two. Exact zeros are left out. The range spans a bin per level or more.
+    Unlike there, the slice is not scaled up to the mass of the whole: a slice of nothing but
+    outliers would look perfect.
 
     Source: S. Migacz, 8-bit Inference with TensorRT, GTC 2017.
 
@@ -135,7 +138,7 @@ def entropy(
     edges, _ = _edges(around)
     counts, zero = counts[: edges.size - 1], -int(around[3])
     counts[zero] -= zeros
-    start, stop = _least_divergence(counts, zero, levels, symmetric)
+    start, stop = _least_divergence(counts, zero, int(levels), bool(symmetric))
     return float(edges[start]), float(edges[stop])
 
 
@@ -296,8 +299,7 @@ def _divergence(
     """Divergence of the levels' averages from the histogram clipped around zero."""
     n = counts.size
     start, stop = max(zero - below, 0), min(zero + above, n)
-    inner = mass[stop] - mass[start]
-    if inner <= 0.0:
+    if mass[start] == mass[stop]:
         return inf
     left, right = mass[start], mass[n] - mass[stop]
     first, last = np.float64(counts[start]), np.float64(counts[stop - 1])
@@ -322,7 +324,7 @@ def _divergence(
             holders += right > 0.0 and last == 0.0
         if p > 0.0:
             cross += p * log(max(q, _SMOOTH) / holders)
-    divergence: float = (entropy - cross) / mass[n] + log(inner / mass[n])
+    divergence: float = (entropy - cross) / mass[n]
     return divergence
 
 

@@ -141,6 +141,19 @@ class Encoding:
         return cls(dtype, np.array(scale, np.float32), np.array(zero, np.int32))
 
     @classmethod
+    def of_ranges(cls, low: np.ndarray, high: np.ndarray, dtype: str, *, axis: int) -> Encoding:
+        """The encoding that covers [low[c], high[c]] along an axis; both arrays have shape [C].
+
+        Channels that are never anything but zero share the finest step of the others.
+        """
+        parts = [cls.of_range(a, b, dtype) for a, b in zip(low, high, strict=True)]
+        dead = np.array([min(a, 0.0) == max(b, 0.0) for a, b in zip(low, high, strict=True)])
+        scale = np.array([p.scale for p in parts], np.float32)
+        scale = np.where(dead & ~dead.all(), scale[~dead].min(initial=np.inf), scale)
+        zero = np.array([p.zero_point for p in parts], np.int32)
+        return cls(dtype, scale.astype(np.float32), zero, axis)
+
+    @classmethod
     def symmetric(cls, bound: np.ndarray, dtype: str, axis: int | None = None) -> Encoding:
         """The symmetric encoding whose largest magnitudes are `bound` (shape [] or [C]).
 
@@ -202,7 +215,8 @@ class Encoding:
         """Float values to integers (int8 or wider; 4-bit types use int8 or uint8 storage)."""
         shape = self.grid_shape(np.ndim(x))
         scale, zero = self.scale.reshape(shape), self.zero_point.reshape(shape)
-        q = np.rint(np.asarray(x, np.float32) / scale).astype(np.float64) + zero
+        with np.errstate(over="ignore"):  # beyond float32 is beyond the grid, too
+            q = np.rint(np.asarray(x, np.float32) / scale).astype(np.float64) + zero
         storage = {"int4": np.int8, "uint4": np.uint8}.get(self.dtype, self.dtype)
         return np.clip(q, self.qmin, self.qmax).astype(storage)
 

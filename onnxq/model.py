@@ -15,17 +15,38 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
-from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from onnxq import ops
 from onnxq.encoding import Encodings
-from onnxq.errors import ModelError
-from onnxq.model_io import external_files, read_proto, write_proto
+from onnxq.errors import ModelError, UnsupportedError
+from onnxq.model_io import (
+    external_files,
+    external_tensors,
+    read_proto,
+    stored_bytes,
+    write_proto,
+)
 
 __all__ = ["BatchNormStatistics", "Layer", "Model", "load"]
 
 logging.getLogger("ONNX-GraphSurgeon").setLevel(logging.ERROR)
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
+
+
+def _unlink(self: SynchronizedList, tensor: gs.Tensor) -> None:
+    """Take one link away, by identity.
+
+    graphsurgeon compares nodes by name, attributes, inputs and outputs: that takes most of the time
+    where many nodes read one constant, and mixes up nodes of two branches that look the same.
+    """
+    links = getattr(tensor, self.field_name)
+    index = next(i for i, node in enumerate(links) if node is self.parent_obj)
+    list.__delitem__(links, index)
+
+
+SynchronizedList._remove_from_elem = _unlink
 
 
 @dataclass(frozen=True)
@@ -54,6 +75,8 @@ class _Extras:
     graph_metadata: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
     initializer_inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
+    no_tensors: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
     annotations: list[onnx.TensorAnnotation] = field(default_factory=list)
 
 
@@ -75,14 +98,17 @@ class Model:
         self.encodings = Encodings()
         self.batch_norms: dict[str, BatchNormStatistics] = {}
         self.revision = 0
+        _normalize(proto, path)
         self._extras = _remember(proto)
         self.graph = gs.import_onnx(proto)
         if not self.graph.nodes:
             raise ModelError("the model has no operators", where=path)
         self._lift_constants()
+        self._simplify_tensors()
         self._name_nodes()
-        for name in self._extras.initializer_inputs:
-            self.notes.append(f"input {name} has a default value and is taken as a constant")
+        if self._extras.initializer_inputs:
+            names = ", ".join(self._extras.initializer_inputs)
+            self.notes.append(f"taken as constants, because they have default values: {names}")
         nested = [n.name for n in self.graph.nodes if has_subgraph(n)]
         if nested:
             self.notes.append(f"left alone: the subgraphs of {', '.join(nested)}")
@@ -131,7 +157,12 @@ class Model:
             raise ModelError("expected a constant", where=f"tensor {tensor.name}")
         values = tensor._values
         if isinstance(values, LazyValues):
-            array: np.ndarray = numpy_helper.to_array(values.tensor)
+            try:
+                array: np.ndarray = numpy_helper.to_array(values.tensor)
+            except (TypeError, ValueError) as error:
+                raise ModelError(
+                    "its values do not fit its shape and type", where=f"tensor {tensor.name}"
+                ) from error
             return array
         return np.asarray(values)
 
@@ -177,6 +208,8 @@ class Model:
                 if reader is not node:
                     rewire(reader, source, result)
             producer.outputs[slot] = result
+            if source.name in self.batch_norms:
+                self.batch_norms[result.name] = self.batch_norms.pop(source.name)
         else:
             for reader in list(result.outputs):
                 rewire(reader, result, source)
@@ -229,9 +262,9 @@ class Model:
         self.graph.nodes[:] = order
 
     def cleanup(self) -> int:
-        """Remove nodes that no output needs; returns how many."""
+        """Remove nodes that no output needs, subgraphs left alone; returns how many."""
         before = len(self.graph.nodes)
-        self.graph.cleanup(recurse_functions=False)
+        self.graph.cleanup(recurse_subgraphs=False, recurse_functions=False)
         return before - len(self.graph.nodes)
 
     def raise_opset(self, version: int) -> None:
@@ -242,9 +275,9 @@ class Model:
         """
         if self.opset >= version:
             return
-        old = self.opset
+        old, given = self.opset, self.to_proto()
         try:
-            proto = onnx.version_converter.convert_version(self.to_proto(), version)
+            proto = onnx.version_converter.convert_version(given, version)
         except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
             raise ModelError(
                 f"cannot convert operator set {old} to {version}: {error}",
@@ -252,6 +285,9 @@ class Model:
                 fix=f"export the model with opset {version} or newer",
             ) from error
         proto.ir_version = max(proto.ir_version, self._extras.ir_version)
+        if not proto.functions:  # the converter drops them; they import operator sets of their own
+            proto.functions.extend(given.functions)
+        self.__dict__.pop("_names", None)
         encodings, batch_norms = self.encodings, self.batch_norms
         notes, extras = self.notes, self._extras
         self.__init__(proto, self.path)  # type: ignore[misc]
@@ -293,7 +329,11 @@ class Model:
         known = {t.name: t for t in self.graph.inputs}
         for node in self.graph.nodes:
             for tensor in node.inputs:
-                if not tensor.name or isinstance(tensor, gs.Constant):
+                if not tensor.name:
+                    continue
+                if isinstance(tensor, gs.Constant):
+                    if known.setdefault(tensor.name, tensor) is not tensor:
+                        raise ModelError(f"two tensors are called {tensor.name}", where=node.name)
                     continue
                 if known.get(tensor.name) is not tensor:
                     raise ModelError(
@@ -319,7 +359,7 @@ class Model:
         Args:
             extra_outputs: Tensors to add to the outputs, for looking inside.
         """
-        proto = gs.export_onnx(self.graph, do_type_check=False)
+        proto: onnx.ModelProto = gs.export_onnx(self.graph, do_type_check=False)
         _restore(proto, self._extras)
         have = {o.name for o in proto.graph.output}
         for name in extra_outputs:
@@ -334,7 +374,7 @@ class Model:
         What onnx cannot infer stays unknown.
         """
         proto = self.to_proto()
-        kept = []
+        kept, inputs = [], {i.name for i in proto.graph.input}
         for tensor in proto.graph.initializer:
             if np.prod(tensor.dims) <= 64:  # shapes and axes: inference reads these
                 kept.append(tensor)
@@ -342,7 +382,7 @@ class Model:
                 info = onnx.helper.make_tensor_value_info(
                     tensor.name, tensor.data_type, list(tensor.dims)
                 )
-                if all(i.name != tensor.name for i in proto.graph.input):
+                if tensor.name not in inputs:
                     proto.graph.input.append(info)
         small = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
         del proto.graph.initializer[:]
@@ -368,6 +408,8 @@ class Model:
             ModelError: The graph is not valid ONNX, or the file cannot be written.
         """
         self.check()
+        if any(t.shape is None for t in self.graph.outputs):  # onnx.checker wants them
+            self.infer()
         write_proto(self.to_proto(), Path(path), protected=external_files(self.path))
 
     # ------------------------------------------------------------------ loading
@@ -385,14 +427,25 @@ class Model:
             tensor.to_constant(values)
         self.graph.nodes[:] = kept
 
+    def _simplify_tensors(self) -> None:
+        """Bring tensors into forms that graphsurgeon can write."""
+        for graph in (self.graph, *self.graph.subgraphs(recursive=True)):
+            for tensor in graph.tensors().values():
+                if isinstance(tensor, gs.Variable) and tensor.type != "tensor_type":
+                    tensor.dtype = tensor.shape = None  # sequences, maps: `_restore` knows them
+                elif isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues):
+                    tensor.values = _dense(tensor._values.tensor)
+                    self.notes.append(f"sparse weight {tensor.name} is written in full")
+
     def _name_nodes(self) -> None:
         """Every node gets a name of its own: exclusion, reports and onnxruntime go by names."""
         seen: set[str] = set()
+        given = {n.name for n in self.graph.nodes if n.name}
         renamed = 0
         for index, node in enumerate(self.graph.nodes):
             base = node.name or f"{node.op}_{index}"
             name, count = base, 0
-            while name in seen:
+            while name in seen or (name in given and name != node.name):
                 count += 1
                 name = f"{base}_{count}"
             renamed += bool(node.name) and name != node.name
@@ -453,6 +506,14 @@ class Layer:
         return self.node.outputs[0]
 
     @property
+    def result(self) -> gs.Tensor:
+        """Its output, or that of the only Relu or Clip after it."""
+        readers = self.y.outputs
+        if len(readers) == 1 and readers[0].op in ops.ACTIVATIONS:
+            return self.y if self.model.is_output(self.y) else readers[0].outputs[0]
+        return self.y
+
+    @property
     def weight(self) -> np.ndarray:
         """The weight as it is stored."""
         return self.model.array(self.node.inputs[self.side])
@@ -507,7 +568,7 @@ class Layer:
         if index is None:
             raise ModelError(f"{self.op} takes no bias", where=f"node {self.name}")
         old = self.bias_tensor
-        if old is not None:
+        if isinstance(old, gs.Constant):
             self.node.inputs[index] = self._replacement(old, values)
             return
         while len(self.node.inputs) < index:
@@ -519,9 +580,8 @@ class Layer:
             self.node.inputs[index] = new
 
     def _replacement(self, old: gs.Tensor, values: np.ndarray) -> gs.Constant:
-        name = f"{old.name}.{self.name}" if len(old.outputs) > 1 else old.name
-        if len(old.outputs) > 1:
-            return self.model.constant(name, values)
+        if len(old.outputs) > 1 or self.model.is_output(old):
+            return self.model.constant(f"{old.name}.{self.name}", values)
         return gs.Constant(old.name, np.asarray(values, order="C"))
 
 
@@ -539,6 +599,12 @@ def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
     if isinstance(path, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(path)
+        if external := external_tensors(proto):
+            raise ModelError(
+                "the weights of a ModelProto must be inside it",
+                where=f"tensor {external[0].name}",
+                fix="give the path of the model, or load its external data first",
+            )
         return Model(proto)
     return Model(read_proto(Path(path)), Path(path))
 
@@ -603,14 +669,73 @@ def _constant_bytes(tensor: gs.Constant) -> int:
     values = tensor._values
     if isinstance(values, LazyValues):
         proto = values.tensor
-        if isinstance(proto, onnx.TensorProto) and proto.raw_data:
-            return len(proto.raw_data)
+        if isinstance(proto, onnx.TensorProto):
+            return stored_bytes(proto)
         return int(values.nbytes)
     return int(np.asarray(values).nbytes)
 
 
+def _normalize(proto: onnx.ModelProto, path: Path | None) -> None:
+    """Write the standard domain as "", and refuse attributes that graphsurgeon would lose."""
+    for opset in proto.opset_import:
+        opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
+    for graph in _graphs(proto.graph):
+        for node in graph.node:
+            if node.domain == "ai.onnx":
+                node.domain = ""
+            for attribute in node.attribute:
+                if attribute.type in _LOST:
+                    kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
+                    raise UnsupportedError(
+                        f"attribute {attribute.name} of {node.op_type} {node.name} is a {kind}",
+                        where=path,
+                        fix="export the model without it",
+                    )
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and its subgraphs at all depths."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _graphs(attribute.g)
+
+
+def _write_once(graph: onnx.GraphProto, shared: set[str]) -> None:
+    """Move constants of the main graph, which graphsurgeon copies into subgraphs, back to it."""
+    main = {t.name: t for t in graph.initializer}
+    for inner in _graphs(graph):
+        for index in reversed(range(len(inner.initializer) if inner is not graph else 0)):
+            tensor = inner.initializer[index]
+            if tensor.name in shared and tensor.name not in main:
+                graph.initializer.append(tensor)
+                main[tensor.name] = graph.initializer[-1]
+            if tensor.name in shared and main[tensor.name] == tensor:
+                del inner.initializer[index]
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
+    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    dense = np.zeros(tuple(sparse.dims), values.dtype)
+    if indices.ndim == 1:
+        dense.reshape(-1)[indices] = values
+    else:
+        dense[tuple(indices.T)] = values
+    return dense
+
+
+# graphsurgeon leaves them out with no more than a line in the log
+_LOST = {
+    getattr(onnx.AttributeProto, kind + plural)
+    for kind in ("SPARSE_TENSOR", "TYPE_PROTO", "TENSOR", "GRAPH")
+    for plural in ("", "S")
+} - {onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH}
+
+
 def _remember(proto: onnx.ModelProto) -> _Extras:
-    constants = {t.name for t in proto.graph.initializer}
+    # Before IR 4 every initializer had to be an input, too: that says nothing about the model.
+    constants = {t.name for t in proto.graph.initializer if proto.ir_version >= 4}
     return _Extras(
         ir_version=proto.ir_version,
         producer=(proto.producer_name, proto.producer_version),
@@ -625,6 +750,13 @@ def _remember(proto: onnx.ModelProto) -> _Extras:
             if n.name and (n.doc_string or n.metadata_props)
         },
         initializer_inputs={i.name: i for i in proto.graph.input if i.name in constants},
+        no_tensors={
+            i.name: i
+            for i in (*proto.graph.input, *proto.graph.output)
+            if i.type.WhichOneof("value") not in (None, "tensor_type")
+        },
+        constants={t.name for t in proto.graph.initializer}
+        | {n.output[0] for n in proto.graph.node if n.op_type == "Constant"},
         annotations=list(proto.graph.quantization_annotation),
     )
 
@@ -640,15 +772,21 @@ def _restore(proto: onnx.ModelProto, extras: _Extras) -> None:
     onnx.helper.set_model_props(proto, extras.metadata)
     for key, value in extras.graph_metadata.items():
         proto.graph.metadata_props.add(key=key, value=value)
+    _write_once(proto.graph, extras.constants)
     for node in proto.graph.node:
         doc, props = extras.nodes.get(node.name, ("", {}))
-        node.doc_string = doc
+        if doc:
+            node.doc_string = doc
         for key, value in props.items():
             node.metadata_props.add(key=key, value=value)
-    shapes = {t.name: (t.data_type, tuple(t.dims)) for t in proto.graph.initializer}
+    kinds = {t.name: (t.data_type, tuple(t.dims)) for t in proto.graph.initializer}
     for name, info in extras.initializer_inputs.items():
-        if name in shapes and shapes[name][0] == info.type.tensor_type.elem_type:
+        kind = info.type.tensor_type
+        if kinds.get(name) == (kind.elem_type, tuple(d.dim_value for d in kind.shape.dim)):
             proto.graph.input.append(info)
+    for info in (*proto.graph.input, *proto.graph.output):
+        if info.name in extras.no_tensors:
+            info.CopyFrom(extras.no_tensors[info.name])
     present = {t for n in proto.graph.node for t in (*n.input, *n.output)}
     proto.graph.quantization_annotation.extend(
         a for a in extras.annotations if a.tensor_name in present

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Collection
@@ -13,7 +14,15 @@ from onnx import external_data_helper
 
 from onnxq.errors import ModelError
 
-__all__ = ["TWO_GB", "external_files", "read_proto", "serialized_size", "write_proto"]
+__all__ = [
+    "TWO_GB",
+    "external_files",
+    "external_tensors",
+    "read_proto",
+    "serialized_size",
+    "stored_bytes",
+    "write_proto",
+]
 
 # protobuf refuses messages of 2 GiB; some room for names and structure.
 TWO_GB = (1 << 31) - (1 << 24)
@@ -26,11 +35,13 @@ def read_proto(path: Path) -> onnx.ModelProto:
         ModelError: The file is missing, is no ONNX model, or refers to data outside its folder.
     """
     try:
-        proto = onnx.load(os.fspath(path), load_external_data=False)
+        proto = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
         raise ModelError("no such file", where=path, fix="check the path") from error
     except IsADirectoryError as error:
-        raise ModelError("is a folder, not a model", where=path, fix="give the .onnx file") from error
+        raise ModelError(
+            "is a folder, not a model", where=path, fix="give the .onnx file"
+        ) from error
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
@@ -39,14 +50,19 @@ def read_proto(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError("holds no ONNX graph", where=path, fix="export the model again")
-    for tensor in external_data_helper._get_all_tensors(proto):
-        if external_data_helper.uses_external_data(tensor):
-            _check_external(tensor, path)
+    for tensor in external_tensors(proto):
+        _check_external(tensor, path)
     try:
         external_data_helper.load_external_data_for_model(proto, os.fspath(path.parent or "."))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise ModelError(f"external data cannot be read: {error}", where=path) from error
     return proto
+
+
+def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """The tensors whose values lie in another file."""
+    tensors = external_data_helper._get_all_tensors(proto)
+    return [t for t in tensors if external_data_helper.uses_external_data(t)]
 
 
 def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
@@ -70,19 +86,33 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         start, length = int(info.get("offset", 0)), int(info.get("length", 0))
     except ValueError as error:
         raise ModelError("external data has no valid offset or length", where=where) from error
-    if start < 0 or length < 0 or start + length > target.stat().st_size:
+    there = target.stat().st_size - start
+    if start < 0 or length < 0 or max(length, stored_bytes(tensor)) > there:
         raise ModelError(f"external data {location} is cut off", where=where, fix="copy it again")
+
+
+def stored_bytes(tensor: onnx.TensorProto) -> int:
+    """Bytes that the values of a tensor take; 0 if its type is not known."""
+    kind = tensor.data_type
+    if kind not in onnx.helper.get_all_tensor_dtypes():
+        return 0
+    name = onnx.TensorProto.DataType.Name(kind)
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(name)
+    bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
+    return int(-(-math.prod(tensor.dims) * bits // 8))
 
 
 def external_files(path: Path | None) -> set[Path]:
     """The external data files that a model file refers to, resolved."""
     if path is None or not path.is_file():
         return set()
-    proto = onnx.load(os.fspath(path), load_external_data=False)
+    try:
+        proto = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
+    except (OSError, DecodeError, ValueError):  # something else has taken its place
+        return set()
     return {
         (path.parent / entry.value).resolve()
-        for tensor in external_data_helper._get_all_tensors(proto)
-        if external_data_helper.uses_external_data(tensor)
+        for tensor in external_tensors(proto)
         for entry in tensor.external_data
         if entry.key == "location"
     }
@@ -92,7 +122,7 @@ def serialized_size(proto: onnx.ModelProto) -> int:
     """Bytes of the weights, an estimate of the file that does not serialize it."""
     return sum(
         len(t.raw_data) or 8 * (len(t.float_data) + len(t.int64_data) + len(t.int32_data))
-        for t in proto.graph.initializer
+        for t in external_data_helper._get_all_tensors(proto)
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
+import onnx
 
 from onnxq.calibration import Calibration, Samples
 from onnxq.errors import CalibrationError, OnnxqError, PassError
@@ -96,10 +97,51 @@ class Context:
         """
         return self._bind(Session(model.to_proto(), threads=1, level="disabled"))
 
-    def _bind(self, session: Session) -> Samples:
+    def channel_ranges(
+        self, model: Model, names: Sequence[str], limit: int = 64
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Least and greatest value per channel (axis 1) of tensors, over the samples.
+
+        The reductions run inside onnxruntime; tensors of unknown rank, or without a channel axis,
+        are left out.
+
+        Args:
+            model: The model, shapes inferred.
+            names: The tensors.
+            limit: Use at most so many samples.
+
+        Returns:
+            Name -> (least, greatest), each of shape [C].
+        """
+        ranks = {
+            n: len(t.shape)
+            for n, t in model.tensors().items()
+            if n in names and t.shape is not None and len(t.shape) >= 2
+        }
+        if not ranks:
+            return {}
+        session = Session(_with_channel_ranges(model, ranks), threads=self.threads)
+        samples = self.spread(session, limit)
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        with self.progress.task("channel ranges", samples.length) as advance:
+            for feed in samples:
+                values = session.run(feed)
+                for name in ranks:
+                    low, high = values[f"{name}/min"], values[f"{name}/max"]
+                    old = found.get(name, (low, high))
+                    found[name] = np.minimum(low, old[0]), np.maximum(high, old[1])
+                advance(1)
+        return found
+
+    def spread(self, session: Session, limit: int) -> Samples:
+        """At most `limit` of the samples, evenly spread where they are files; 0 gives all."""
+        return self._bind(session, limit)
+
+    def _bind(self, session: Session, limit: int = 0) -> Samples:
         if self.data is None:
             raise CalibrationError("this needs calibration samples", fix="give data (--calib PATH)")
-        return self.data.bind(session.inputs)
+        data = self.data if not limit else self.data.limited(limit)
+        return data.bind(session.inputs)
 
     def statistics(
         self, model: Model, names: Sequence[str], *, histogram: bool = True
@@ -126,6 +168,28 @@ class Context:
             statistics = observe(session, names, samples, histogram=histogram, progress=advance)
         self._observed = (model.revision, histogram, statistics)
         return statistics
+
+
+def _with_channel_ranges(model: Model, ranks: Mapping[str, int]) -> onnx.ModelProto:
+    """The model with ReduceMin and ReduceMax of tensors as its outputs."""
+    proto = model.to_proto()
+    del proto.graph.output[:]
+    for name, rank in ranks.items():
+        axes = [i for i in range(rank) if i != 1]
+        for op, suffix in (("ReduceMin", "min"), ("ReduceMax", "max")):
+            result = f"{name}/{suffix}"
+            node = onnx.helper.make_node(op, [name], [result], f"onnxq/{result}", keepdims=0)
+            if model.opset < 18:
+                node.attribute.append(onnx.helper.make_attribute("axes", axes))
+            else:
+                constant = f"{result}/axes"
+                tensor = onnx.numpy_helper.from_array(np.array(axes, np.int64), constant)
+                proto.graph.initializer.append(tensor)
+                node.input.append(constant)
+            proto.graph.node.append(node)
+            kind = onnx.TensorProto.FLOAT
+            proto.graph.output.append(onnx.helper.make_tensor_value_info(result, kind, None))
+    return proto
 
 
 class PassManager:

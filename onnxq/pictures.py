@@ -8,6 +8,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
@@ -40,8 +41,8 @@ class Preprocess:
         fit: How a picture takes that size: ``stretch`` changes its proportions, ``crop`` cuts
             what sticks out around the centre, ``letterbox`` fills the rest of the frame around it,
             ``letterbox-top-left`` to its right and below it.
-        resize: For ``crop``: the short side in pixels that ``size`` is cut out of, such as 256 for
-            224. A model of another size keeps that proportion. None: cut as little as possible.
+        crop_pct: For ``crop``: the part of the picture's short side that is kept, as a fraction;
+            0.875 is the 224 of 256 of ImageNet.
         interpolation: How pixels are resampled, always with Pillow's antialiasing.
         pad_value: What ``letterbox`` fills with, 0..255.
         order: Channels. ``GRAY`` is the luma of ITU-R 601, the Y of YCbCr.
@@ -60,7 +61,7 @@ class Preprocess:
 
     size: int | tuple[int, int] | None = None
     fit: Fit = "stretch"
-    resize: int | None = None
+    crop_pct: float = 1.0
     interpolation: Interpolation = "bilinear"
     pad_value: int = 114
     order: Order = "RGB"
@@ -82,11 +83,8 @@ class Preprocess:
                 raise RecipeError(
                     f"{name}: wanted one of {wanted}, got {value!r}", fix=_near(value, choices)
                 )
-        if self.resize is not None:
-            if self.fit != "crop" or self.size is None:
-                raise RecipeError("resize means nothing without fit = 'crop' and a size")
-            if self.resize < min(_pair(self.size)):
-                raise RecipeError(f"resize {self.resize} is smaller than size {self.size}")
+        if self.crop_pct != 1 and self.fit != "crop":
+            raise RecipeError("crop_pct: means nothing unless fit is crop")
         for name in ("mean", "std"):
             if self.channels == 1 and np.size(getattr(self, name)) != 1:
                 raise RecipeError(f"{name}: wanted one number for order GRAY")
@@ -106,10 +104,8 @@ class Preprocess:
         if isinstance(given, Preprocess):
             return given
         text = os.fspath(given)
-        is_path = (
-            not isinstance(given, str) or text.endswith(".toml") or os.path.basename(text) != text
-        )
-        return cls.load(text) if is_path else cls.named(text)
+        is_name = isinstance(given, str) and os.path.basename(text) == text
+        return cls.named(text) if is_name and not text.endswith(".toml") else cls.load(text)
 
     @classmethod
     def named(cls, name: str) -> Preprocess:
@@ -120,10 +116,8 @@ class Preprocess:
         """
         if name in PRESETS:
             return PRESETS[name]
-        hint = (
-            _near(name, PRESETS) or f"presets are {', '.join(PRESETS)}; a TOML file ends in .toml"
-        )
-        raise RecipeError(f"no preset {name!r} for pictures", fix=hint)
+        known = f"presets are {', '.join(PRESETS)}; a TOML file ends in .toml"
+        raise RecipeError(f"no preset {name!r} for pictures", fix=_near(name, PRESETS) or known)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preprocess:
@@ -150,7 +144,7 @@ class Preprocess:
                 raise RecipeError(f"preset: wanted text, got {preset!r}")
             base = cls.named(preset)
             if given.get("fit", base.fit) != "crop":  # the preset's; one given here is an error
-                base = replace(base, resize=None)
+                base = replace(base, crop_pct=1.0)
             return replace(base, **given)
         except RecipeError as error:
             raise RecipeError(error.what, where=path, fix=error.fix) from error
@@ -178,7 +172,8 @@ class Preprocess:
             pixels = pixels[..., None]
         if self.order == "BGR":
             pixels = pixels[..., ::-1]
-        x = (pixels * np.float32(self.scale) - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        x = (pixels * np.float32(self.scale) - mean) / std
         if layout == "NCHW":
             x = x.transpose(2, 0, 1)
         return _typed(np.ascontiguousarray(x)[None], spec, where)
@@ -197,7 +192,7 @@ class Preprocess:
         if isinstance(channels, int) and channels != self.channels:
             fix = {1: "set order = 'GRAY'", 3: "set order = 'RGB'"}.get(channels)
             raise CalibrationError(
-                f"wanted {channels} channels in {layout}, got {self.channels} ({self.order})",
+                f"wanted channels: {channels} ({layout}), got {self.channels} ({self.order})",
                 where=spec,
                 fix=fix or "pictures have 1 or 3 channels: give .npz samples",
             )
@@ -234,12 +229,8 @@ class Preprocess:
         Taking it in one step gives the same pixels and spares the rest. Sides and margins are
         rounded as torchvision does.
         """
-        margin = 1.0
-        if self.resize is not None and self.size is not None:
-            margin = self.resize / min(_pair(self.size))
-        # what rounding takes from a side that must come out whole, sizes being far below 1e6
-        whole = 1e-6
-        scale = max(round(h * margin) / height, round(w * margin) / width)
+        scale = max(round(h / self.crop_pct) / height, round(w / self.crop_pct) / width)
+        whole = 1e-6  # what a side that must come out whole may lack, being far below 1e6
         wide, high = (max(n, int(s * scale + whole)) for n, s in ((w, width), (h, height)))
         left, top = round((wide - w) / 2), round((high - h) / 2)
         x, y = width / wide, height / high
@@ -253,15 +244,16 @@ def _typed(x: np.ndarray, spec: TensorSpec, where: str) -> np.ndarray:
     dtype = np.dtype(np.float32) if spec.dtype is None else spec.dtype
     if dtype.kind == "f":
         return x.astype(dtype, copy=False)
-    limits = np.iinfo(dtype) if dtype.kind in "iu" else None
-    fits = limits is not None and limits.min <= x.min() and x.max() <= limits.max
-    if not fits or not np.array_equal(x, np.rint(x)):
-        raise CalibrationError(
-            f"wanted {spec}, got values from {x.min():.4g} to {x.max():.4g} that it cannot hold",
-            where=where,
-            fix="use the preset raw for inputs of 0..255",
-        )
-    return x.astype(dtype)
+    if dtype.kind in "iu":
+        with np.errstate(invalid="ignore"):
+            result = x.astype(dtype)
+        if np.array_equal(result, x):
+            return result
+    raise CalibrationError(
+        f"wanted {spec}, got fractions, or numbers from {x.min():.4g} to {x.max():.4g}",
+        where=where,
+        fix="use the preset raw for inputs of 0..255",
+    )
 
 
 # ---------------------------------------------------------------------- options
@@ -281,7 +273,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_per_channel(value: Any) -> bool:
@@ -304,24 +296,24 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 # Field -> whether a value fits, and what was wanted.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "size": (_is_size, "pixels, or [height, width]"),
-    "resize": (lambda v: v is None or _is_count(v), "pixels"),
+    "crop_pct": (lambda v: _is_number(v) and 0 < v <= 1, "a fraction above 0, at most 1"),
     "pad_value": (lambda v: type(v) is int and 0 <= v <= 255, "an integer from 0 to 255"),
     "scale": (lambda v: _is_number(v) and v != 0, "a number other than 0"),
     "mean": (_is_per_channel, "a number, or one per channel"),
     "std": (lambda v: _is_per_channel(v) and bool(np.all(v)), "numbers other than 0"),
 }
 
-_TF = Preprocess(size=224, fit="crop", resize=256, scale=1, mean=127.5, std=127.5)
+_TF = Preprocess(size=224, fit="crop", crop_pct=0.875, scale=1, mean=127.5, std=127.5)
 
 # What well-known families of models were trained with.
 PRESETS: dict[str, Preprocess] = {
     "imagenet": Preprocess(
-        size=224, fit="crop", resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        size=224, fit="crop", crop_pct=0.875, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
     ),
     "mobilenet": _TF,
     "tf": _TF,
     "caffe": Preprocess(
-        size=224, fit="crop", resize=256, order="BGR", scale=1, mean=(103.939, 116.779, 123.68)
+        size=224, fit="crop", crop_pct=0.875, order="BGR", scale=1, mean=(103.939, 116.779, 123.68)
     ),
     "unit": Preprocess(),
     "raw": Preprocess(scale=1),

@@ -22,9 +22,13 @@ from onnxq.errors import RecipeError
 from onnxq.model import Layer, Model, consumers, has_subgraph, producer
 from onnxq.targets import Kernel, Target
 
-__all__ = ["Placement", "absorbed", "data_inputs", "integer_nodes", "match_nodes", "place"]
+__all__ = ["Placement", "absorbed", "data_inputs", "gate_factor", "integer_nodes", "match_nodes", "place"]
 
 INF = float("inf")
+# Largest over smallest magnitude of a constant that one scale may cover.
+WIDEST = 16.0
+# Functions f of the gates x * f(x).
+GATES = frozenset({"Sigmoid", "HardSigmoid", "Tanh", "Softplus"})
 
 
 @dataclass
@@ -38,6 +42,7 @@ class Placement:
         bounds: Tensor -> the bounds of the Relu or Clip that its encoding takes over.
         moves: (input, output) names that must have the same encoding.
         joins: (inputs, output) names of each Concat in integers.
+        exits: Result of a Conv that only float nodes read -> name of the Conv.
     """
 
     nodes: dict[str, Kernel] = field(default_factory=dict)
@@ -46,6 +51,7 @@ class Placement:
     bounds: dict[str, tuple[float, float]] = field(default_factory=dict)
     moves: list[tuple[str, str]] = field(default_factory=list)
     joins: list[tuple[list[str], str]] = field(default_factory=list)
+    exits: dict[str, str] = field(default_factory=dict)
 
 
 def match_nodes(model: Model, globs: Sequence[str]) -> set[str]:
@@ -95,6 +101,18 @@ def activation_bounds(model: Model, node: gs.Node) -> tuple[float, float] | None
             value = float(model.array(node.inputs[index]).reshape(-1)[0])
             low, high = (value, high) if index == 1 else (low, value)
     return (low, high) if low <= 0.0 <= high and low < high else None
+
+
+def gate_factor(node: gs.Node) -> int | None:
+    """Input index of x in a product x * f(x); None if the node is no gate."""
+    if node.op != "Mul" or len(node.inputs) != 2:
+        return None
+    for index in (0, 1):
+        x, gate = node.inputs[index], producer(node.inputs[1 - index])
+        if gate is not None and gate.op in GATES and gate.inputs[0] is x:
+            before = producer(x)
+            return index if before is not None and before.op == "Conv" else None
+    return None
 
 
 def absorbed(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
@@ -190,11 +208,18 @@ class _Placer:
         if kernel.role == "layer":
             return self._unfit_layer(node)
         if kernel.role == "elementwise" and any(not _varies(t) for t in data):
+            if any(self._wide(t) for t in data if not _varies(t)):
+                return "one scale for its constant would round the small values away"
             source = next(t for t in data if _varies(t))
             before = producer(source)
             if before is not None and self._float_output(before):
                 return "the layer before it gives float at no cost"
         return None
+
+    def _wide(self, tensor: gs.Tensor) -> bool:
+        """Whether 8 bits with one scale lose the small values of a constant."""
+        values = np.abs(self.model.array(tensor))
+        return bool(values.any()) and values[values > 0].min() < values.max() / WIDEST
 
     def _unfit_layer(self, node: gs.Node) -> str | None:
         layer = Layer.of(self.model, node)
@@ -305,6 +330,8 @@ class _Placer:
         if kernel.float_output and not self._read(end):
             return
         wanted[end.name] = None
+        if node.op == "Conv" and not self._read(end):
+            result.exits[end.name] = node.name
         if end is not tensor:
             activation = tensor.outputs[0]
             bounds = activation_bounds(self.model, activation)

@@ -24,13 +24,17 @@ from onnxq.errors import CalibrationError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Kind", "Stored", "find", "read_npy", "read_npz", "read_pb", "read_picture", "spread"]
+__all__ = ["KINDS", "Stored", "find", "read_npy", "read_npz", "read_pb", "read_picture", "spread"]
 
-Kind = Literal[".npz", ".npy", ".pb", "picture"]
+Kind = Literal[".npz", ".npy", ".pb", "pictures"]
 
-PICTURES = frozenset(
-    ".bmp .gif .jfif .jpeg .jpg .pgm .png .pnm .ppm .tif .tiff .webp".split()
-)  # fmt: skip
+_PICTURES = (
+    *(".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".pnm", ".ppm"),
+    *(".tif", ".tiff", ".webp"),
+)
+# Suffix -> what the file holds; .pb files count by folder.
+KINDS: dict[str, Kind] = {".npz": ".npz", ".npy": ".npy"}
+KINDS |= dict.fromkeys(_PICTURES, "pictures")
 # Pillow goes by content, not by name, and some of its readers start other programs: only these.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # An archive that claims to hold more is taken for a mistake or an attack.
@@ -69,10 +73,10 @@ def find(path: Path, *, pictures: bool) -> tuple[Kind, list[Path]]:
         if any(map(_is_input, visible)):
             found.setdefault(".pb", []).append(Path(folder))
         for name in visible:
-            if kind := kind_of(name):
+            if kind := KINDS.get(os.path.splitext(name)[1].lower()):
                 found.setdefault(kind, []).append(Path(folder, name))
-    if pictures and "picture" in found:
-        found = {"picture": found["picture"]}
+    if pictures and "pictures" in found:
+        found = {"pictures": found["pictures"]}
     if len(found) > 1:
         holds = " and ".join(f"{len(f)} {k}" for k, f in sorted(found.items()))
         raise CalibrationError(
@@ -89,23 +93,16 @@ def find(path: Path, *, pictures: bool) -> tuple[Kind, list[Path]]:
     )
 
 
-def kind_of(name: str) -> Kind | None:
-    """What a file of this name holds, by its suffix; .pb files count by folder."""
-    suffix = os.path.splitext(name)[1].lower()
-    if suffix in PICTURES:
-        return "picture"
-    return suffix if suffix in (".npz", ".npy") else None  # type: ignore[return-value]
-
-
 def natural(path: Path) -> tuple[Any, ...]:
     """A sort key by which 9.npz comes before 10.npz."""
-    split = [re.split(r"(\d+)", part.lower()) for part in path.parts]
-    parts = ([int(t) if t.isdigit() else t for t in tokens] for tokens in split)
-    return (*(tuple(p) for p in parts),), str(path)
+    stem = path.with_suffix("") if path.suffix else path  # so that a.npy comes before a2.npy
+    split = (re.split(r"(\d+)", part.lower()) for part in stem.parts)
+    parts = (tuple(int(t) if i % 2 else t for i, t in enumerate(tokens)) for tokens in split)
+    return tuple(parts), str(path)
 
 
 def spread(items: Sequence[Path], limit: int | None) -> list[Path]:
-    """At most so many of the items, evenly spread and in order: classes in folders keep their share."""
+    """At most so many of the items, evenly spread: sorted by class, each class keeps its share."""
     n = len(items)
     if limit is None or limit >= n:
         return list(items)
@@ -233,6 +230,8 @@ def read_npz(path: Path) -> dict[str, Stored]:
                 fix="save it as .npy, or as one .npz per sample",
             )
         for member in members:
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError("it is compressed in a way that numpy does not use")
             with archive.open(member) as file:
                 name = member.filename.removesuffix(".npy")
                 arrays[name] = _header(file, path, member.filename, member.file_size)
@@ -305,7 +304,7 @@ def read_pb(folder: Path, names: Collection[str]) -> dict[str, np.ndarray]:
         return dict(tensors)
     if len(tensors) > len(names):
         raise CalibrationError(
-            f"{len(tensors)} input files, but the model has {len(names)} inputs", where=folder
+            f"wanted input files: {len(names)} at most, got {len(tensors)}", where=folder
         )
     return {name: array for name, (_, array) in zip(names, tensors, strict=False)}
 
@@ -321,7 +320,7 @@ def read_picture(
     Raises:
         CalibrationError: It cannot be read, or is larger than Pillow's limit.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with warnings.catch_warnings():
@@ -337,7 +336,7 @@ def read_picture(
             f"the picture has more than {pixels} pixels", where=where, fix="make it smaller"
         ) from error
     except _DAMAGE as error:
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):
             what = "the file is not a picture that can be read"
         else:
             what = f"the picture cannot be read: {getattr(error, 'strerror', None) or error}"

@@ -104,7 +104,7 @@ def load(source: str | os.PathLike[str]) -> Recipe:
         hint = _hint(source, RECIPES, "recipes are") + ", or give a .toml file"
         raise RecipeError(f"no recipe {source!r}", fix=hint)
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=path) from error
     except UnicodeDecodeError as error:

@@ -36,7 +36,7 @@ Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
 AVERAGING = 0.01
 
 # Samples are run side by side as far as their tensors fit into this many bytes.
-_ROOM = 1 << 30
+_ROOM = 1 << 31
 
 _FORMAT = "onnxq statistics 1"
 
@@ -171,6 +171,20 @@ class TensorStatistics:
         return np.array([self.minimum, self.maximum, self.exponent, self.offset], np.float64)
 
     @property
+    def _adds_up(self) -> bool:
+        """Whether the bins are those of the extremes and of the counts."""
+        if self.bins is None:
+            return True
+        if self.bins.dtype != np.int64 or self.bins.ndim != 1 or self.bins.min(initial=0) < 0:
+            return False
+        if self.bins.sum() != self.count or not 0 <= self.zeros <= self.count:
+            return False
+        if not self.count:
+            return True
+        first, last = np.floor(np.ldexp([self.minimum, self.maximum], -self.exponent))
+        return bool(first == self.offset and first <= last < first + self.bins.size)
+
+    @property
     def _histogram(self) -> tuple[np.ndarray, np.ndarray, int]:
         if self.bins is None:
             raise CalibrationError("no histogram was kept", fix="observe with histogram=True")
@@ -254,8 +268,8 @@ class Statistics(Mapping[str, TensorStatistics]):
             CalibrationError: No such file, or not a whole one.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                return cls._parse(file)
+            with open(path, "rb") as raw:  # numpy leaves it open when it is no .npz
+                return cls._parse(np.load(raw, allow_pickle=False))
         except FileNotFoundError as error:
             raise CalibrationError("no such file", where=path, fix="check the path") from error
         except Exception as error:  # zipfile, zlib, json and numpy: all that a broken file raises
@@ -272,10 +286,9 @@ class Statistics(Mapping[str, TensorStatistics]):
         tensors = {}
         for i, name in enumerate(about["names"]):
             bins = file.get(f"bins{i}")
-            tensor = TensorStatistics(bins=bins, **{k: v[i] for k, v in columns.items()})
-            if bins is not None and (bins.dtype != np.int64 or int(bins.sum()) != tensor.count):
-                raise ValueError(f"the histogram of {name!r} does not add up")
-            tensors[name] = tensor
+            tensors[name] = TensorStatistics(bins=bins, **{k: v[i] for k, v in columns.items()})
+            if not tensors[name]._adds_up:
+                raise ValueError(f"the statistics of {name!r} do not add up")
         return cls(tensors, about["metadata"])
 
 
@@ -308,7 +321,8 @@ def observe(
         session: Puts out the tensors that are to be observed.
         names: Tensors: inputs or outputs of the session. Those that are not floating-point are
             left out of the result.
-        samples: One feed each; iterated in the calling thread.
+        samples: One feed each; iterated in the calling thread, and copied, so that a reader may
+            use its arrays again.
         histogram: Whether to keep histograms, which the methods percentile, entropy and mse need.
         progress: Called in the calling thread with 1 after each sample.
         threads: Samples in flight; None takes what the session's threads leave of the cores, as far
@@ -338,7 +352,8 @@ def observe(
 
     try:
         for index, sample in enumerate(samples):
-            pending.append(pool.submit(observer.run, index, sample))
+            feed = {name: np.array(array) for name, array in sample.items()}
+            pending.append(pool.submit(observer.run, index, feed))
             while len(pending) > room:
                 finish()
         while pending:
@@ -385,7 +400,7 @@ class _Observer:
             counts = {}
         found = _Found({}, 0)
         for name in self.names:
-            array = np.asarray(feed[name]) if name in self.inputs else arrays.pop(name, None)
+            array = feed[name] if name in self.inputs else arrays.pop(name, None)
             if array is None or array.dtype not in (np.float16, np.float32, np.float64):
                 continue
             found.bytes += array.nbytes

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import ModelError
-from onnxq.model import Layer, Model, consumers
+from onnxq.kernels.gates import gate_range
+from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import Placement, data_inputs, integer_nodes, place
+from onnxq.placement import Placement, data_inputs, gate_factor, place
 from onnxq.statistics import Method, Statistics, TensorStatistics
 
 __all__ = ["Calibrate"]
@@ -37,7 +39,10 @@ class Calibrate:
     2. The inputs of a Concat take the encoding of its result, unless that would undo a Relu or
        Clip of theirs or coarsen them for their other readers; those are requantized instead.
     3. The range after a Relu or Clip stays within its bounds, so that the runtime can drop it.
-    4. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
+    4. The result of a Conv that only float nodes read (a model's output, a float activation) has a
+       scale and zero point per channel: the runtime multiplies them into the weight's scales, so
+       they cost nothing.
+    5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
 
     Refused, and left in float: what the target has no integer kernel for, weights and biases that
     are computed, what `exclude` names.
@@ -76,11 +81,25 @@ class Calibrate:
             if layer.name in placement.float_nodes:
                 changes.skip(layer.name, placement.float_nodes[layer.name])
         activations = _Activations(self, model, placement, ctx).encode()
+        activations.update(self._encode_exits(model, placement, ctx))
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
         changes.add(f"{weights} weights: {self.weights}")
         return changes
+
+    def _encode_exits(
+        self, model: Model, placement: Placement, ctx: Context
+    ) -> dict[str, Encoding]:
+        """Encodings per channel for results of convolutions that leave the integers."""
+        dtype = Format.parse(self.activations).dtype
+        names = [
+            n for n in placement.exits if placement.bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)
+        ]
+        found = {}
+        for name, (low, high) in ctx.channel_ranges(model, names).items():
+            found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
+        return found
 
     def _encode_constants(self, model: Model, placement: Placement) -> int:
         count = 0
@@ -115,8 +134,12 @@ class Calibrate:
         if known is not None:
             encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))
         x = model.encodings.get(layer.x.name)
-        if x is not None and layer.bias is not None:
-            encoding = guard_bias(encoding, finite(model, layer.bias_tensor), float(x.scale))
+        if x is not None and layer.op in ("Conv", "Gemm"):
+            bias = np.zeros(1) if layer.bias is None else finite(model, layer.bias_tensor)
+            exit_encoding = model.encodings.get(layer.result.name)
+            if exit_encoding is not None and exit_encoding.axis is not None:
+                bias = bias + exit_encoding.scale * exit_encoding.zero_point
+            encoding = guard_bias(encoding, bias, float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
     def _weight_encoding(self, layer: Layer, values: np.ndarray) -> Encoding:
@@ -151,6 +174,7 @@ class _Activations:
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
         measured = ctx.statistics(model, observed, histogram=histogram)
+        self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
         self.readers = {n: len(consumers(t)) for n, t in model.tensors().items()}
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
         for names, out in placement.joins:
@@ -168,14 +192,24 @@ class _Activations:
         return {name: encodings[root] for name, root in self.source.items()}
 
     def _encode(self, name: str) -> Encoding:
-        low, high = self.statistics[name].range(
-            self.step.method, bits=self.format.bits, percentile=self.step.percentile
-        )
+        low, high = self._range(name)
         bounds = self.placement.bounds.get(name)
         if bounds is None:
             return Encoding.of_range(low, high, self.format.dtype)
         low, high = max(low, bounds[0]), min(high, bounds[1])
         return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
+
+    def _range(self, name: str) -> tuple[float, float]:
+        known = self.statistics[name]
+        gate = self.gates.get(name)
+        if gate is not None and self.step.method == "mse" and known.bins is not None:
+            width = 2.0**known.exponent
+            centres = (known.offset + np.arange(len(known.bins)) + 0.5) * width
+            low, high = min(known.minimum, 0.0), max(known.maximum, 0.0)
+            return gate_range(centres, known.bins, low, high, gate, 1 << self.format.bits)
+        return known.range(
+            self.step.method, bits=self.format.bits, percentile=self.step.percentile
+        )
 
     def _may_share(self, name: str, own: Encoding, joint: Encoding) -> bool:
         """Whether a Concat input may take the encoding of the result."""
@@ -186,6 +220,33 @@ class _Activations:
             return True  # rounding once, to the joint grid, beats rounding twice
         noise = [_noise(self.statistics[name], e) for e in (joint, own)]
         return noise[0] <= SHARED_NOISE * noise[1]
+
+
+def _gates(model: Model) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Tensors that only a gate x * f(x) reads -> the gate as a function."""
+    found = {}
+    for node in model.graph.nodes:
+        index = gate_factor(node)
+        if index is None:
+            continue
+        x, gate = node.inputs[index], producer(node.inputs[1 - index])
+        if len(consumers(x)) == 2 and gate is not None and not model.is_output(x):
+            if gate.op == "Sigmoid":
+                found[x.name] = _silu
+            elif gate.op == "HardSigmoid":
+                slope, offset = gate.attrs.get("alpha", 0.2), gate.attrs.get("beta", 0.5)
+                found[x.name] = partial(_hard_swish, slope=slope, offset=offset)
+    return found
+
+
+def _silu(x: np.ndarray) -> np.ndarray:
+    y: np.ndarray = x / (1 + np.exp(-np.clip(x, -60, 60)))
+    return y
+
+
+def _hard_swish(x: np.ndarray, *, slope: float, offset: float) -> np.ndarray:
+    y: np.ndarray = x * np.clip(slope * x + offset, 0, 1)
+    return y
 
 
 def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding:

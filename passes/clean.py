@@ -125,7 +125,7 @@ def _is_constant(model: Model, node: gs.Node) -> bool:
 def _compute(model: Model, node: gs.Node, changes: Changes) -> None:
     """Turn the outputs of a node with constant inputs into constants, or say why not."""
     inputs = {t.name: model.array(t) for t in node.inputs if t.name}
-    if any(a.dtype.kind not in "fiub" for a in inputs.values()):  # strings, types unknown to numpy
+    if any(a.dtype.kind in "OSU" for a in inputs.values()):  # strings
         return
     proto = _single(model, node, inputs)
     size = _result_size(node, proto)
@@ -153,7 +153,7 @@ def _single(model: Model, node: gs.Node, inputs: dict[str, np.ndarray]) -> onnx.
     """A model of one node, whose large inputs are to be fed."""
     fed, held = [], []
     for name, array in inputs.items():
-        if array.size <= VISIBLE:
+        if array.size <= VISIBLE or array.dtype.kind == "V":  # "V": what numpy cannot feed
             held.append(numpy_helper.from_array(array, name))
         else:
             kind = helper.np_dtype_to_tensor_dtype(array.dtype)
@@ -162,7 +162,7 @@ def _single(model: Model, node: gs.Node, inputs: dict[str, np.ndarray]) -> onnx.
     proto = OnnxExporter.export_node(node)
     graph = helper.make_graph([proto], "constant", fed, outputs, held)
     opset = helper.make_opsetid("", model.opset)
-    return helper.make_model_gen_version(graph, opset_imports=[opset])
+    return helper.make_model(graph, opset_imports=[opset], ir_version=10)
 
 
 def _result_size(node: gs.Node, proto: onnx.ModelProto) -> tuple[int, int] | None:

@@ -177,10 +177,9 @@ class _Branch:
             return f"the last axis of {layer.name} is not known to be the channel axis"
         if add is None:
             return cls(layer, tensor)
-        constant = model.array(add.inputs[_constant_input(add)])
-        rank = layer.weight.ndim
-        shape = (1,) * (rank - constant.ndim) + constant.shape
-        if len(shape) > rank or shape[1] not in (1, _outputs(layer)) or constant.size != shape[1]:
+        constant, axes = model.array(add.inputs[_constant_input(add)]), layer.weight.ndim
+        shape = (1,) * (axes - constant.ndim) + constant.shape
+        if len(shape) > axes or shape[1] not in (1, _outputs(layer)) or constant.size != shape[1]:
             return f"{add.name} adds more than one constant per channel"
         return cls(layer, tensor, add, constant.astype(np.float64).reshape(-1))
 

@@ -20,7 +20,7 @@ __all__ = ["InsertQDQ"]
 
 @dataclass(frozen=True, kw_only=True)
 class InsertQDQ:
-    """Write the model's encodings as QuantizeLinear (Q) and DequantizeLinear (DQ).
+    r"""Write the model's encodings as QuantizeLinear (Q) and DequantizeLinear (DQ).
 
     Before and after, for a convolution whose Relu the integer kernel takes over::
 
@@ -34,7 +34,9 @@ class InsertQDQ:
        a float node only the integer readers do, the others keep the exact float.
     3. A bias becomes int32 with scale s_x * s_w and zero point 0, one copy per layer.
     4. Pad has no fusion of its own, so it is written on the integers, padding with the zero point.
-    5. An output of the model keeps its name.
+    5. An encoding per channel of a Conv's result is multiplied into the scales of its weight; Q
+       then has scale 1, and DQ the scales of the channels.
+    6. An output of the model keeps its name.
 
     Nothing is written around nodes that stay in float.
 
@@ -80,9 +82,39 @@ class _Writer:
                 data = data_inputs(node, self.kernels[id(node)])
                 if isinstance(tensor, gs.Constant) and any(t is tensor for t in data):
                     encoding = self.model.encodings[tensor.name]
+                    leaving = self._exit(layer)
+                    if leaving is not None:
+                        node.inputs[index] = self._scaled(layer, tensor, encoding, leaving)
+                        continue
                     if layer is not None and layer.bias is not None:
                         self._bias(layer, encoding)
                     node.inputs[index] = self._dequantized(tensor, encoding)
+
+    def _exit(self, layer: Layer | None) -> Encoding | None:
+        """The encoding per channel of a convolution's result; None if it has one scale."""
+        if layer is None or layer.op != "Conv":
+            return None
+        encoding = self.model.encodings.get(layer.result.name)
+        return encoding if encoding is not None and encoding.axis is not None else None
+
+    def _scaled(
+        self, layer: Layer, tensor: gs.Constant, weight: Encoding, leaving: Encoding
+    ) -> gs.Variable:
+        """The weight and bias of a convolution that gives integers of each channel's own scale.
+
+        With y = s_c (q - z_c) wanted, the convolution gives y / s_c + z_c: its weight scales are
+        divided by s_c, and the zero point goes into the bias.
+        """
+        integers = weight.quantize(self.model.array(tensor))
+        channels = leaving.scale.shape[0]
+        scale = (np.broadcast_to(weight.scale, channels) / leaving.scale).astype(np.float32)
+        zero = np.broadcast_to(weight.zero_point, channels).astype(np.int32)
+        bias = np.zeros(channels) if layer.bias is None else layer.bias.astype(np.float64)
+        encoding = Encoding(weight.dtype, scale, zero, 0)
+        self._bias(layer, encoding, bias / leaving.scale + leaving.zero_point)
+        name = f"{tensor.name}_{layer.name}"
+        constant = self.model.constant(f"{name}_quantized", integers)
+        return self._dequantize(name, constant, encoding)
 
     def _dequantized(self, tensor: gs.Constant, encoding: Encoding) -> gs.Variable:
         if tensor.name not in self._weights:
@@ -91,11 +123,11 @@ class _Writer:
             self._weights[tensor.name] = self._dequantize(tensor.name, integers, encoding)
         return self._weights[tensor.name]
 
-    def _bias(self, layer: Layer, weight: Encoding) -> None:
+    def _bias(self, layer: Layer, weight: Encoding, bias: np.ndarray | None = None) -> None:
         """int32, scale s_x * s_w computed in float32 as the runtime computes it."""
         x = self.model.encodings[layer.x.name]
         scale = (x.scale.astype(np.float32) * weight.scale.astype(np.float32)).reshape(-1)
-        values = np.asarray(layer.bias, np.float64).reshape(-1)
+        values = np.asarray(layer.bias if bias is None else bias, np.float64).reshape(-1)
         if weight.axis is None:
             axis, scale = None, scale.reshape(())
         else:
@@ -107,7 +139,11 @@ class _Writer:
         constant = self.model.constant(f"{name}_quantized", integers)
         index = bias_input(layer.op)
         assert index is not None
-        layer.node.inputs[index] = self._dequantize(name, constant, encoding)
+        result = self._dequantize(name, constant, encoding)
+        if len(layer.node.inputs) <= index:
+            layer.node.inputs.append(result)
+        else:
+            layer.node.inputs[index] = result
 
     # -------------------------------------------------------------- activations
 
@@ -143,13 +179,18 @@ class _Writer:
         raw = tensor
         if everyone and self.model.is_output(tensor):
             raw = self._renamed(tensor)
-        scale, zero = self._grid(tensor.name, encoding)
-        integers = self.model.variable(f"{tensor.name}_QuantizeLinear_Output", encoding.dtype)
-        integers.dtype = np.dtype(encoding.dtype)
-        integers.shape = tensor.shape
-        self._add("QuantizeLinear", tensor.name, [raw, scale, zero], integers)
+        grid = self._grid(tensor.name, encoding)
+        q_grid = grid
+        if encoding.axis is not None:  # the layer gives integers already, see _scaled
+            unit = np.ones((), np.float32), np.zeros((), np.int32)
+            q_grid = self._grid(f"{tensor.name}_unit", Encoding(encoding.dtype, *unit))
+        integers = self.model.variable(
+            f"{tensor.name}_QuantizeLinear_Output", np.dtype(encoding.dtype), tensor.shape
+        )
+        self._add("QuantizeLinear", tensor.name, [raw, *q_grid], integers)
         self._integers[tensor.name] = integers
-        self._give(tensor, integers, (scale, zero), readers, output=raw is not tensor)
+        axis = {} if encoding.axis is None else {"axis": encoding.axis}
+        self._give(tensor, integers, grid, readers, axis, output=raw is not tensor)
 
     def _give(
         self,
@@ -157,6 +198,7 @@ class _Writer:
         integers: gs.Variable,
         grid: tuple[gs.Constant, gs.Constant],
         readers: list[gs.Node],
+        attrs: dict[str, int],
         *,
         output: bool,
     ) -> None:
@@ -167,9 +209,10 @@ class _Writer:
             result.shape = tensor.shape
             for reader in readers:
                 rewire(reader, tensor, result)
-            self._add("DequantizeLinear", tensor.name, [integers, *grid], result)
+            self._add("DequantizeLinear", tensor.name, [integers, *grid], result, attrs)
         if output:
-            self._add("DequantizeLinear", f"{tensor.name}_output", [integers, *grid], tensor)
+            name = f"{tensor.name}_output"
+            self._add("DequantizeLinear", name, [integers, *grid], tensor, attrs)
 
     def _renamed(self, tensor: gs.Tensor) -> gs.Variable:
         """Move the producer to another name, so that the output's name is free for the DQ."""
@@ -195,7 +238,7 @@ class _Writer:
         node.outputs[0] = padded
         self._integers[result.name] = padded
         output = self.model.is_output(result)
-        self._give(result, padded, (scale, zero), readers, output=output)
+        self._give(result, padded, (scale, zero), readers, {}, output=output)
 
     def _integers_of(self, tensor: gs.Tensor) -> gs.Variable:
         """The integers behind a DQ that was put before a node, or those of the tensor itself."""

@@ -185,8 +185,10 @@ class _Optimized:
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:
-        self.nodes = list(graph.node)
-        self._producers = {name: n for n in self.nodes for name in n.output if name}
+        self.nodes: list[onnx.NodeProto] = list(graph.node)
+        self._producers: dict[str, onnx.NodeProto] = {
+            name: n for n in self.nodes for name in n.output if name
+        }
         self._names: dict[str, onnx.NodeProto] = {}
         self._weights: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
@@ -254,7 +256,11 @@ def _reason(model: Model, node: gs.Node, kernel: str) -> str:
         return f"onnxruntime has no integer {node.op} of {types[0]} and {types[1]}"
     if not _TARGET.kernels[node.op].float_output and (why := _read_in_float(model, node)):
         return why
-    return "Q/DQ around it did not fuse" if kernel else "not found in onnxruntime's optimized graph"
+    if not kernel:
+        return "not found in onnxruntime's optimized graph"
+    if kernel != node.op:
+        return f"onnxruntime makes a float {kernel} of it and of what follows"
+    return "Q/DQ around it did not fuse"
 
 
 def _read_in_float(model: Model, node: gs.Node) -> str:

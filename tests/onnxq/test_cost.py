@@ -120,6 +120,25 @@ def test_half_floats_and_shared_weights():
 
 
 @pytest.mark.parametrize(
+    ("body", "weight", "macs"),
+    [
+        ("MatMul(x, w)", (5, 4), 60),
+        ("MatMul(x, w)", (5,), 15),
+        ("Gemm(x, w)", (5, 4), 60),
+        ("Gemm<transB=1>(x, w)", (4, 5), 60),
+    ],
+)
+def test_the_summed_axis_is_also_read_off_the_weight(body, weight, macs):
+    model = build(f"(float[N,K] x) => (float y) {{ y = {body} }}", w=ones(*weight))
+    shape = (3, 4)[: len(weight)]
+    (cost,) = layer_costs(model, {"y": shape}, batch=1)
+    assert cost.macs == macs
+    model = build("(float[N,K] x, float[K,M] w) => (float y) { y = MatMul(x, w) }")
+    (cost,) = layer_costs(model, {"y": shape})
+    assert cost.macs is None
+
+
+@pytest.mark.parametrize(
     ("inputs", "sizes", "batch", "macs"),
     [
         ("float[8,4] x", {}, None, 16),
@@ -293,6 +312,15 @@ def test_reshapes_are_followed_and_weights_are_not_needed():
         w=ones(32, 100),
     )
     assert tensor_shapes(model, {"x": (2, 4, 8)})["r"] == (2, 32)
+
+
+def test_without_shape_inference_the_model_runs(monkeypatch):
+    def fails(*args, **kwargs):
+        raise onnx.shape_inference.InferenceError
+
+    monkeypatch.setattr("onnx.shape_inference.infer_shapes", fails)
+    model = build(DYNAMIC, w=ones(4, 3, 3, 3), v=ones(64, 5))
+    assert tensor_shapes(model, {"x": (2, 3, 6, 6)})["y"] == (2, 5)
 
 
 # NonZero: no shape inference knows how many

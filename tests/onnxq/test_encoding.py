@@ -135,6 +135,14 @@ def test_within_never_leaves_its_bounds(high, dtype, bounds):
     assert encoding.scale > 0
 
 
+def test_within_looks_at_the_rounded_scale():
+    # float32(high / 255) * 255 leaves many a bound by a hair
+    for high in np.linspace(1, 8, 101):
+        encoding = Encoding.of_range(0, high + 1, "uint8").within(0, high)
+        assert np.float32(255) * encoding.scale <= high
+        assert encoding.scale == pytest.approx(high / 255, rel=1e-6)
+
+
 def test_within_changes_nothing_inside():
     encoding = Encoding.of_range(0, 3, "uint8")
     assert encoding.within(0, 6) == encoding

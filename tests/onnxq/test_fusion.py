@@ -169,6 +169,10 @@ def test_product_of_activations(arm, dtype):
         ),
         (
             image(f"[conv] c = Conv(xd, wd, bd) r = Relu(c) {OUTPUT}", yz=np.uint8(128)),
+            "onnxruntime makes a float FusedConv of it and of what follows",
+        ),
+        (  # not the product of the two scales
+            image(f"[conv] r = Conv(xd, wd, bd) {OUTPUT}", bs=scale(0.002, 4)),
             "Q/DQ around it did not fuse",
         ),
         (
@@ -188,6 +192,10 @@ def test_product_of_activations(arm, dtype):
             ),
             "onnxruntime has no integer ConvTranspose",
         ),
+        (
+            rows("[fc] c = MatMul(xd, wd) y = Add(c, fb)"),
+            "onnxruntime makes a float Gemm of it and of what follows",
+        ),
     ],
 )
 def test_reasons(proto, reason):
@@ -199,7 +207,7 @@ def test_reasons(proto, reason):
 
 def test_weights_alone_in_integers():
     proto = build(
-        "(float[N,64] x) => (float y) { wd = DequantizeLinear<axis=1>(w, ws) [fc] y = MatMul(x, wd) }",
+        "(float[N,64] x) => (float y) { d=DequantizeLinear<axis=1>(w, ws) [fc] y = MatMul(x, d) }",
         w=integers(64, 4),
     )
     layer = only(proto)

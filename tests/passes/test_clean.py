@@ -137,7 +137,8 @@ def test_large_weights_are_fed():
 )
 def test_left_alone(body, kept):
     proto = models.parse(
-        f"g (float[N,4] x) => (float[N,4] y) <float[4] w, float one, float[4] u, int64 i> {{{body}}}",
+        f"""g (float[N,4] x) => (float[N,4] y)
+        <float[4] w, float one, float[4] u, int64 i> {{{body}}}""",
         one=1,
         u=0.5,
         i=1,
@@ -206,8 +207,8 @@ def test_without_effect(body, end):
         body += " z = Exp (y)"
     model, changes = clean(
         f"""g (float[N,4] x) => (float[N,4] {"z" if end else "y"})
-        <float[N,4] h, float ratio, bool no, int64[2] shape, int64[4] nothing, float zero, float one,
-         float[1,1] ones> {{ h = Relu (x) {body} }}""",
+        <float[N,4] h, float ratio, bool no, int64[2] shape, int64[4] nothing, float zero,
+         float one, float[1,1] ones> {{ h = Relu (x) {body} }}""",
         ratio=0.5,
         no=False,
         shape=[-1, 4],
@@ -241,8 +242,9 @@ def test_without_effect(body, end):
 def test_with_effect(body):
     proto = models.parse(
         f"""g (float[N,4] x) => (float[] y {", bool[] y2" if "y2" in body else ""})
-        <float[N,4] h, float ratio, bool yes, int64[2] shape, int64[2] zeros, int64[4] some, float zero,
-         float one, float[3,1,1] wide, float[1,1,1] high, double[N,4] d, float[0,4] e> {{
+        <float[N,4] h, float ratio, bool yes, int64[2] shape, int64[2] zeros, int64[4] some,
+         float zero, float one, float[3,1,1] wide, float[1,1,1] high, double[N,4] d,
+         float[0,4] e> {{
             h = Relu (x) d = Cast <to=11> (x) {body}
         }}""",
         ratio=0.5,

@@ -1,0 +1,112 @@
+"""Even out the channels behind a gate (SiLU and its kin), where one scale would crush small ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.model import Layer, Model, consumers
+from onnxq.pass_manager import Changes, Context
+from onnxq.placement import gate_factor
+
+__all__ = ["GateEqualization"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateEqualization:
+    """Scale channels at a gate and take the scale back in the weights that follow.
+
+    A gate y = x * f(x), such as SiLU, is not homogeneous, so weights before it cannot be scaled as
+    cross-layer equalization does.  But its factor x can, after f has read it::
+
+        Conv -> x --> Sigmoid --> Mul -> y -> Conv(W)
+                 \\______________/
+
+        Conv -> x --> Sigmoid ----------> Mul -> y' -> Conv(W / t)
+                 \\__ Mul(t per channel) __/
+
+    with t a power of two per channel, so that the float function stays the same to the bit.  The
+    gate then runs in float, which lets x have a scale per channel, too.  That costs time, so it is
+    done only where at least a tenth of the channels would otherwise get `levels` steps or fewer.
+
+    Refused: gates whose result something else than convolutions reads, shared weights.
+
+    Args:
+        levels: Steps that the range of a channel must keep, of 255 for the whole tensor.
+        largest: Greatest scale.
+
+    Source: the equalization of Nagel et al. 2019 (arXiv 1906.04721), moved to the gate's factor.
+    """
+
+    name: ClassVar[str] = "gate-equalization"
+
+    levels: float = 4.0
+    largest: float = 1024.0
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Insert the scales and divide the weights by them."""
+        changes = Changes()
+        gates = {n.outputs[0].name: n for n in model.graph.nodes if gate_factor(n) is not None}
+        if not gates:
+            return changes
+        model.infer()
+        added = []
+        for name, (low, high) in ctx.channel_ranges(model, [*gates]).items():
+            bound = np.maximum(np.abs(low), np.abs(high))
+            if not bound.any() or np.quantile(bound, 0.1) > bound.max() * self.levels / 255:
+                continue
+            node = gates[name]
+            readers = self._readers(model, node, len(bound))
+            if isinstance(readers, str):
+                changes.skip(node.name, readers)
+                continue
+            depthwise = all(r.group == len(bound) for r in readers)
+            scale = self._scale(bound, depthwise=depthwise)
+            added.append(_scaled(model, node, scale))
+            for layer in readers:
+                layer.set_weight(_divided(layer, scale))
+            changes.add(f"{node.name}: channels scaled by 1 to {scale.max():g}")
+        model.insert(added)
+        return changes
+
+    def _readers(self, model: Model, node: gs.Node, channels: int) -> list[Layer] | str:
+        """The convolutions that read the result; why not, if something stands against it."""
+        result = node.outputs[0]
+        if model.is_output(result):
+            return "its channels differ widely, but it is an output"
+        found = []
+        for reader in consumers(result):
+            layer = Layer.of(model, reader)
+            if layer is None or layer.op != "Conv" or layer.x is not result:
+                return f"its channels differ widely, but {reader.name} ({reader.op}) reads it, too"
+            if len(layer.weight_tensor.outputs) > 1 or layer.group not in (1, channels):
+                return f"its channels differ widely, but the weight of {reader.name} is shared"
+            found.append(layer)
+        return found
+
+    def _scale(self, bound: np.ndarray, *, depthwise: bool) -> np.ndarray:
+        """Powers of two that even the channels out: wholly where each has a weight of its own."""
+        ratio = bound.max() / np.maximum(bound, bound.max() / self.largest)
+        return np.exp2(np.round(np.log2(ratio) * (1.0 if depthwise else 0.5))).astype(np.float32)
+
+
+def _scaled(model: Model, node: gs.Node, scale: np.ndarray) -> gs.Node:
+    """A Mul by the scales before the factor of a gate."""
+    index = gate_factor(node)
+    assert index is not None
+    factor = node.inputs[index]
+    rank = len(node.outputs[0].shape)
+    constant = model.constant(f"{node.name}_scale", scale.reshape(-1, *[1] * (rank - 2)))
+    result = model.variable(f"{factor.name}_scaled", factor.dtype, factor.shape)
+    node.inputs[index] = result
+    return gs.Node("Mul", f"{node.name}_equalize", {}, [factor, constant], [result])
+
+
+def _divided(layer: Layer, scale: np.ndarray) -> np.ndarray:
+    weight = layer.weight
+    by = scale if layer.group == len(scale) else scale[None]
+    divided: np.ndarray = weight / by.reshape(*by.shape, *[1] * (weight.ndim - by.ndim))
+    return divided.astype(np.float32)
