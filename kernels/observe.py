@@ -134,7 +134,8 @@ def _observe(x: np.ndarray, bins: np.ndarray, grid: np.ndarray) -> _Numbers:
             if a < grid[0] or b > grid[1]:
                 _flush(counts, bins)
                 _include(bins, grid, a, b)
-            _index(block, np.float32(ldexp(1.0, -int(grid[2]))), int(grid[3]), bins.size, index)
+            inverse = np.float32(ldexp(1.0, -int(grid[2])))
+            _index(block, bits[start:stop], inverse, int(grid[3]), bins.size, index)
             for i in range(stop - start):
                 counts[index[i]] += 1
             if z:
@@ -184,7 +185,9 @@ def _count_strange(bits: np.ndarray) -> int:
 
 
 @kernel
-def _index(x: np.ndarray, inverse: np.float32, offset: int, bins: int, index: np.ndarray) -> None:
+def _index(
+    x: np.ndarray, bits: np.ndarray, inverse: np.float32, offset: int, bins: int, index: np.ndarray
+) -> None:
     """Bin numbers of a block; zeros go to the spare bins in turn.
 
     Zeros are counted already. Left to one bin, a mixture of zeros and others stalls the processor,
@@ -196,7 +199,7 @@ def _index(x: np.ndarray, inverse: np.float32, offset: int, bins: int, index: np
         if v < _ZERO and k == 0:  # the product was too small for a float32
             k = np.int32(-1)
         k -= np.int32(offset)
-        if v == _ZERO:
+        if (bits[i] & _MAGNITUDE) == 0:  # to the bit, also where the processor flushes to zero
             k = np.int32(bins) + np.int32(i % _SPARE)
         index[i] = np.uint32(k)
 

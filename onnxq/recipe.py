@@ -40,9 +40,33 @@ from onnxq.targets import TARGETS
 
 __all__ = ["RECIPES", "Recipe", "dumps", "load", "loads", "pass_class"]
 
-_DEFAULT = """\
+# name -> TOML
+RECIPES = {
+    "default": """\
 name = "default"
-description = "Integers by calibration alone, ranges of least squared error."
+description = "int8 at the accuracy of float: ranges of least error, weights rounded by output error."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+
+[[pass]]
+name = "gate-equalization"
+
+[[pass]]
+name = "calibrate"
+
+[[pass]]
+name = "gptq"
+
+[[pass]]
+name = "insert-qdq"
+""",
+    "minmax": """\
+name = "minmax"
+description = "The plain scheme, for comparison: ranges from least to greatest, nearest rounding."
 
 [[pass]]
 name = "clean"
@@ -52,17 +76,11 @@ name = "fold-batch-norm"
 
 [[pass]]
 name = "calibrate"
+method = "minmax"
 
 [[pass]]
 name = "insert-qdq"
-"""
-
-# name -> TOML
-RECIPES = {
-    "default": _DEFAULT,
-    "minmax": _DEFAULT.replace('"default"', '"minmax"')
-    .replace("ranges of least squared error", "ranges from the least to the greatest value")
-    .replace('"calibrate"', '"calibrate"\nmethod = "minmax"'),
+""",
 }
 
 

@@ -7,7 +7,9 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -76,10 +78,9 @@ class Session:
     ) -> None:
         if isinstance(model, onnx.ModelProto):
             if serialized_size(model) > TWO_GB:  # protobuf cannot serialize it: by way of a file
-                self._scratch = tempfile.TemporaryDirectory(prefix="onnxq-")
-                path = os.path.join(self._scratch.name, "model.onnx")
-                onnx.save_model(model, path, save_as_external_data=True, location="model.data")
-                model = path
+                folder = tempfile.mkdtemp(prefix="onnxq-")
+                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+                model = _spilled(model, folder)
             else:
                 model = model.SerializeToString()
         self._where = None if isinstance(model, bytes) else os.fspath(model)
@@ -175,6 +176,15 @@ class Session:
         if unknown := [name for name in feed if name not in wanted]:
             return CalibrationError(f"the model has no input {unknown[0]!r}", fix=f"feed {says}")
         return ModelError(f"the model failed: {_message(error)}", where=self._where)
+
+
+def _spilled(model: onnx.ModelProto, folder: str) -> str:
+    """The path of a copy of the model in this folder, weights beside it."""
+    path = os.path.join(folder, "model.onnx")
+    onnx.save_model(model, path, save_as_external_data=True, location="model.data")
+    # saving took the weights out of the model: put them back
+    onnx.load_external_data_for_model(model, folder)
+    return path
 
 
 def _exposed(model: bytes | str, names: Sequence[str]) -> bytes | str:

@@ -9,20 +9,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxq.passes.bias_correction import BiasCorrection
     from onnxq.passes.calibrate import Calibrate
     from onnxq.passes.clean import Clean
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
+    from onnxq.passes.gate_equalization import GateEqualization
+    from onnxq.passes.gptq import GPTQ
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
 
-__all__ = ["PASSES", "Calibrate", "Clean", "FoldBatchNorm", "InsertQDQ", "LoadEncodings"]
+__all__ = [
+    "GPTQ",
+    "PASSES",
+    "BiasCorrection",
+    "Calibrate",
+    "Clean",
+    "FoldBatchNorm",
+    "GateEqualization",
+    "InsertQDQ",
+    "LoadEncodings",
+]
 
 # name in recipes and on the command line -> where the class is
 PASSES = {
     "clean": "onnxq.passes.clean:Clean",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
+    "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
+    "gptq": "onnxq.passes.gptq:GPTQ",
+    "bias-correction": "onnxq.passes.bias_correction:BiasCorrection",
     "insert-qdq": "onnxq.passes.insert_qdq:InsertQDQ",
 }
 

@@ -44,6 +44,7 @@ class GateEqualization:
     name: ClassVar[str] = "gate-equalization"
 
     levels: float = 4.0
+    negative: float = 4.0
     largest: float = 1024.0
 
     def apply(self, model: Model, ctx: Context) -> Changes:
@@ -55,7 +56,7 @@ class GateEqualization:
         model.infer()
         added = []
         for name, (low, high) in ctx.channel_ranges(model, [*gates]).items():
-            bound = np.maximum(np.abs(low), np.abs(high))
+            bound = np.maximum(high, -self.negative * low)
             if not bound.any() or np.quantile(bound, 0.1) > bound.max() * self.levels / 255:
                 continue
             node = gates[name]

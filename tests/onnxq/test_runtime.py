@@ -5,8 +5,9 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
-from onnx import TensorProto, external_data_helper, helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
+from onnxq import runtime
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.runtime import Session, cores, versions
 from onnxq.signature import TensorSpec
@@ -100,6 +101,18 @@ def test_tensors_beside_external_data(tmp_path):
     assert (tmp_path / "w.bin").exists()
     session = Session(tmp_path / "in.onnx", outputs=["y", "double"])
     np.testing.assert_array_equal(session.run({"x": X})["y"], np.maximum(X, 0))
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 31])
+def test_models_that_are_not_serialized(monkeypatch, limit):
+    monkeypatch.setattr(runtime, "TWO_GB", limit)  # above it, by way of a file
+    proto = parsed(CHAIN)
+    weight = np.arange(4, dtype=np.float32).repeat(500).reshape(4, 500)
+    proto.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    proto.graph.node.add(op_type="MatMul", input=["y", "w"], output=["z"])
+    session = Session(proto, outputs=["double", "z"], threads=1)
+    np.testing.assert_array_equal(session.run({"x": X})["z"], np.maximum(X, 0) @ weight)
+    np.testing.assert_array_equal(numpy_helper.to_array(proto.graph.initializer[1]), weight)
 
 
 def test_types():

@@ -348,6 +348,7 @@ def test_merged_names_and_metadata():
 def test_save_and_load(session, laplace, tmp_path):
     tensors = dict(observe(session, NAMES, draw(3))) | {"λ/é:0": laplace}
     tensors |= {"no bins": tensor(np.float32([-1]), histogram=False), "none": TensorStatistics()}
+    tensors["empty"] = TensorStatistics(bins=np.zeros(kernels.BINS, np.int64))
     saved = Statistics(tensors, {"model": "abc", "samples": "3"})
     saved.save(tmp_path / "s.npz")
     assert [f.name for f in tmp_path.iterdir()] == ["s.npz"]
