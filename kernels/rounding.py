@@ -25,7 +25,8 @@ def shrink(gram: np.ndarray, count: int) -> np.ndarray:
     signal = np.square(off).sum()
     noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
     intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
-    return (1 - intensity) * off + np.diag(diagonal)
+    shrunk: np.ndarray = (1 - intensity) * off + np.diag(diagonal)
+    return shrunk
 
 
 def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:

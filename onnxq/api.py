@@ -17,7 +17,7 @@ from onnxq.analysis import cost, error, fusion, latency
 from onnxq.calibration import Calibration, Samples
 from onnxq.errors import ModelError, OnnxqError, RecipeError
 from onnxq.model import Model, load
-from onnxq.pass_manager import Context, Pass, PassManager, options
+from onnxq.pass_manager import Context, Pass, PassManager
 from onnxq.passes import Calibrate, LoadEncodings
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
@@ -80,7 +80,7 @@ def quantize(
     """
     chosen = _recipe(recipe)
     wanted = {"weights": weights, "activations": activations, "method": method}
-    given = {k: v for k, v in wanted.items() if v is not None}
+    given: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
     if exclude:
         given["exclude"] = tuple(exclude)
     steps = _with_options(chosen.passes, given)
@@ -300,9 +300,7 @@ def _with_options(steps: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass
         raise RecipeError(
             f"the recipe has no pass calibrate to take {', '.join(given)}", fix="edit the recipe"
         )
-    return tuple(
-        dataclasses.replace(s, **given) if isinstance(s, Calibrate) else s for s in steps
-    )
+    return tuple(dataclasses.replace(s, **given) if isinstance(s, Calibrate) else s for s in steps)
 
 
 def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:

@@ -86,7 +86,7 @@ _seed = click.option("--seed", type=int, default=0, metavar="N", help="Seed of r
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="onnxq")
 def main() -> None:
-    """Model compression as passes over ONNX graphs.
+    r"""Model compression as passes over ONNX graphs.
 
     \b
     A first run:
@@ -129,7 +129,7 @@ def quantize(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Quantize a float model to integers.
+    r"""Quantize a float model to integers.
 
     IN is never changed; OUT appears whole or not at all.
 
@@ -169,7 +169,7 @@ def run(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Run any pipeline of passes: a recipe by name or a TOML file.
+    r"""Run any pipeline of passes: a recipe by name or a TOML file.
 
     \b
     A recipe file:

@@ -27,7 +27,7 @@ DTYPES = {
     "uint16": (16, False),
     "int32": (32, True),
 }
-# The least scale that is written: smaller ones leave int32 biases and reciprocals without precision.
+# The least scale that is written: reciprocals of smaller ones overflow float32.
 SMALLEST_SCALE = np.float32(1e-30)
 
 
@@ -218,13 +218,15 @@ class Encoding:
         with np.errstate(over="ignore"):  # beyond float32 is beyond the grid, too
             q = np.rint(np.asarray(x, np.float32) / scale).astype(np.float64) + zero
         storage = {"int4": np.int8, "uint4": np.uint8}.get(self.dtype, self.dtype)
-        return np.clip(q, self.qmin, self.qmax).astype(storage)
+        integers: np.ndarray = np.clip(q, self.qmin, self.qmax).astype(storage)
+        return integers
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
         """Integers to float32 values."""
         shape = self.grid_shape(np.ndim(q))
         steps = q.astype(np.int64) - self.zero_point.reshape(shape)
-        return steps.astype(np.float32) * self.scale.reshape(shape)
+        values: np.ndarray = steps.astype(np.float32) * self.scale.reshape(shape)
+        return values
 
     def fake_quantize(self, x: np.ndarray) -> np.ndarray:
         """Float values moved to the nearest grid point, float32."""

@@ -1,8 +1,9 @@
-"""Model and Layer: an onnx-graphsurgeon graph, plus everything that graphsurgeon drops or breaks."""
+"""Model and Layer: an onnx-graphsurgeon graph, and all that graphsurgeon drops or breaks."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -218,7 +219,7 @@ class Model:
         self._drop(node)
 
     def can_bypass(self, node: gs.Node) -> bool:
-        """Whether `bypass` keeps every name: an output cannot take over an input or another output."""
+        """Whether `bypass` keeps every name: an output cannot become an input or another output."""
         source, result = node.inputs[0], node.outputs[0]
         if not self.is_output(result):
             return True
@@ -303,6 +304,16 @@ class Model:
     def metadata(self) -> dict[str, str]:
         """The metadata properties of the file (a copy)."""
         return dict(self._extras.metadata)
+
+    def digest(self) -> str:
+        """SHA-256 of the model as ONNX, in hexadecimal."""
+        proto = self.to_proto()
+        sha = hashlib.sha256()
+        for tensor in proto.graph.initializer:  # apart, for models that protobuf cannot serialize
+            sha.update(tensor.SerializeToString())
+        del proto.graph.initializer[:]
+        sha.update(proto.SerializeToString(deterministic=True))
+        return sha.hexdigest()
 
     def clone(self) -> Model:
         """An independent copy.  Arrays are shared: passes replace them, never write into them."""

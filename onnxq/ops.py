@@ -68,7 +68,7 @@ _MOVEMENT = frozenset(
 def is_movement(op: str, attrs: dict[str, Any]) -> bool:
     """Whether the operator only moves values of its first input (Pad adds zeros)."""
     if op == "Resize":
-        return attrs.get("mode", "nearest") == "nearest"
+        return bool(attrs.get("mode", "nearest") == "nearest")
     if op == "Pad":
         return attrs.get("mode", "constant") in ("constant", "reflect", "edge", "wrap")
     return op in _MOVEMENT
@@ -131,9 +131,7 @@ class Window:
     positions: tuple[int, ...]
 
 
-def conv_window(
-    attrs: dict[str, Any], spatial: tuple[int, ...], size: tuple[int, ...]
-) -> Window:
+def conv_window(attrs: dict[str, Any], spatial: tuple[int, ...], size: tuple[int, ...]) -> Window:
     """The window of a Conv node on an input of the given spatial sizes.
 
     Source: the Conv operator of the ONNX specification, `auto_pad` included.
@@ -157,6 +155,8 @@ def conv_window(
         begin = tuple(pads[:rank])
         positions = tuple(
             (n + b + e - x) // s + 1
-            for n, b, e, x, s in zip(spatial, pads[:rank], pads[rank:], extent, strides, strict=True)
+            for n, b, e, x, s in zip(
+                spatial, pads[:rank], pads[rank:], extent, strides, strict=True
+            )
         )
     return Window(tuple(size), strides, dilations, begin, positions)

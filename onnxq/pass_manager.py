@@ -133,6 +133,11 @@ class Context:
                 advance(1)
         return found
 
+    @property
+    def observed(self) -> Statistics | None:
+        """The statistics that the run collected; None if it needed none."""
+        return None if self._observed is None else self._observed[2]
+
     def spread(self, session: Session, limit: int) -> Samples:
         """At most `limit` of the samples, evenly spread where they are files; 0 gives all."""
         return self._bind(session, limit)
@@ -162,10 +167,18 @@ class Context:
             fresh = revision == model.revision and (with_histogram or not histogram)
             if fresh and all(n in statistics for n in names):
                 return statistics
-        session = Session(model.to_proto(names), threads=self.threads)
+        # one thread a session: whole samples side by side beat threads inside of operators
+        session = Session(model.to_proto(names), threads=1)
         samples = self._bind(session)
         with self.progress.task("calibrate", samples.length) as advance:
-            statistics = observe(session, names, samples, histogram=histogram, progress=advance)
+            statistics = observe(
+                session,
+                names,
+                samples,
+                histogram=histogram,
+                progress=advance,
+                threads=self.threads or None,
+            )
         self._observed = (model.revision, histogram, statistics)
         return statistics
 

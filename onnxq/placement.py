@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +22,15 @@ from onnxq.errors import RecipeError
 from onnxq.model import Layer, Model, consumers, has_subgraph, producer
 from onnxq.targets import Kernel, Target
 
-__all__ = ["Placement", "absorbed", "data_inputs", "gate_factor", "integer_nodes", "match_nodes", "place"]
+__all__ = [
+    "Placement",
+    "absorbed",
+    "data_inputs",
+    "gate_factor",
+    "integer_nodes",
+    "match_nodes",
+    "place",
+]
 
 INF = float("inf")
 # Largest over smallest magnitude of a constant that one scale may cover.
@@ -133,9 +141,9 @@ def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
             continue
         if any(t.name not in encodings for t in data_inputs(node, kernel) if _varies(t)):
             continue
-        if kernel.role == "layer" and (layer := Layer.of(model, node)) is not None:
-            if layer.weight_tensor.name not in encodings:
-                continue
+        layer = Layer.of(model, node) if kernel.role == "layer" else None
+        if layer is not None and layer.weight_tensor.name not in encodings:
+            continue
         ends = [_end(model, t, kernel) for t in node.outputs if t.name]
         if not kernel.float_output and any(t.name not in encodings for t in ends):
             continue
@@ -287,9 +295,11 @@ class _Placer:
                 return True
             if node.op in ops.ACTIVATIONS and producer(node.inputs[0]) is not None:
                 before = producer(node.inputs[0])
-                if id(before) in self.nodes and _end(
-                    self.model, node.inputs[0], self.kernel(before)
-                ) is tensor:
+                if (
+                    before is not None
+                    and id(before) in self.nodes
+                    and _end(self.model, node.inputs[0], self.kernel(before)) is tensor
+                ):
                     node = before
             if id(node) not in self.nodes:
                 return False
@@ -352,9 +362,3 @@ def _varies(tensor: gs.Tensor) -> bool:
 
 def _standard(node: gs.Node) -> bool:
     return node.domain in (None, "", "ai.onnx")
-
-
-def unread(model: Model, names: Iterable[str]) -> list[str]:
-    """Those of the names that no tensor of the model has."""
-    known = model.tensors()
-    return [n for n in names if n not in known]

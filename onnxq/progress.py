@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 __all__ = ["Bar", "Lines", "Progress", "Silent"]
@@ -16,16 +16,11 @@ Advance = Callable[[int], None]
 class Progress(Protocol):
     """What passes report their progress to."""
 
-    def task(self, what: str, total: int | None) -> _Task:
+    def task(self, what: str, total: int | None) -> AbstractContextManager[Advance]:
         """A context manager for one task; it gives a function that takes steps done."""
 
     def say(self, line: str) -> None:
         """One line for the user."""
-
-
-class _Task(Protocol):
-    def __enter__(self) -> Advance: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class Silent:

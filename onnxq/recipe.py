@@ -44,7 +44,7 @@ __all__ = ["RECIPES", "Recipe", "dumps", "load", "loads", "pass_class"]
 RECIPES = {
     "default": """\
 name = "default"
-description = "int8 at the accuracy of float: ranges of least error, weights rounded by output error."
+description = "int8 near the accuracy of float: least-error ranges, rounding by output error."
 
 [[pass]]
 name = "clean"

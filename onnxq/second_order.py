@@ -39,7 +39,8 @@ class SecondOrder:
     @property
     def covariance(self) -> np.ndarray:
         """The second moment about the mean: what a bias cannot make up for, [G, K, K]."""
-        return self.moment - np.einsum("gk,gl->gkl", self.sampled_mean, self.sampled_mean)
+        about: np.ndarray = np.einsum("gk,gl->gkl", self.sampled_mean, self.sampled_mean)
+        return np.asarray(self.moment - about)
 
 
 def rows_of(layer: Layer) -> np.ndarray:

@@ -16,7 +16,8 @@ class TensorSpec:
     Args:
         name: Tensor name.
         dtype: Element type; None where numpy has none (strings, sequences, maps).
-        shape: One entry per axis: a size, a symbolic name, or None (unknown); None if the rank is unknown.
+        shape: One entry per axis: a size, a symbolic name, or None (unknown); None if the rank is
+            unknown.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect as inspection_of
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -144,7 +144,8 @@ def pass_page(name: str) -> None:
     found = pass_class(name)
     click.echo(f"{name}\n")
     click.echo(inspection_of.getdoc(found))
-    missing = [f.name for f in dataclasses.fields(found) if f.default is dataclasses.MISSING]
+    fields = dataclasses.fields(cast(Any, found))
+    missing = [f.name for f in fields if f.default is dataclasses.MISSING]
     if missing:
         click.echo(f"\nRequired: {', '.join(missing)}")
     else:

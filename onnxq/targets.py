@@ -97,7 +97,7 @@ _LAYER = Kernel("layer")
 _ELEMENTWISE = Kernel("elementwise")
 _MOVE = Kernel("move")
 
-# onnxruntime's CPU provider: probed on 1.32 at optimization level EXTENDED, see docs/architecture.md.
+# onnxruntime's CPU provider: probed on 1.32 at level EXTENDED, see docs/architecture.md.
 _ORT_KERNELS = {
     "Conv": _LAYER,
     "Gemm": Kernel("layer", float_output=True),

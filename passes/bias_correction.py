@@ -106,11 +106,11 @@ class _MeanPatch:
         mean = self.total / max(self.count, 1)
         if self.layer.op == "Gemm":
             rows = error if self.layer.node.attrs.get("transB", 0) else error.T
-            return rows @ mean * float(self.layer.node.attrs.get("alpha", 1.0))
+            return np.asarray(rows @ mean) * float(self.layer.node.attrs.get("alpha", 1.0))
         groups = self.layer.group
         rows = error.reshape(groups, weight.shape[0] // groups, -1)
         patches = mean.reshape(groups, -1)
-        return np.einsum("gok,gk->go", rows, patches).reshape(-1)
+        return np.asarray(np.einsum("gok,gk->go", rows, patches)).reshape(-1)
 
     def bias(self) -> np.ndarray:
         if self.layer.bias is not None:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import ClassVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import ModelError
@@ -15,11 +16,11 @@ from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Placement, data_inputs, gate_factor, place
-from onnxq.statistics import Method, Statistics, TensorStatistics
+from onnxq.statistics import Method, TensorStatistics
 
 __all__ = ["Calibrate"]
 
-# Bias integers stay below 2^30, so that adding the products (at most 2^30 too) cannot overflow int32.
+# Bias integers stay below 2^30, so that adding the products cannot overflow int32.
 BIAS_LIMIT = float(1 << 30)
 # Sharing a Concat's scale may raise the noise that an input's other readers see by this factor.
 SHARED_NOISE = 1.5
@@ -112,11 +113,7 @@ class Calibrate:
                 count += 1
                 continue
             for tensor in data_inputs(node, placement.nodes[node.name]):
-                if (
-                    not tensor.inputs
-                    and tensor.name not in model.encodings
-                    and _is_constant(tensor)
-                ):
+                if isinstance(tensor, gs.Constant) and tensor.name not in model.encodings:
                     values = finite(model, tensor)
                     dtype = Format.parse(self.activations).dtype
                     model.encodings[tensor.name] = Encoding.of_range(
@@ -207,9 +204,7 @@ class _Activations:
             centres = (known.offset + np.arange(len(known.bins)) + 0.5) * width
             low, high = min(known.minimum, 0.0), max(known.maximum, 0.0)
             return gate_range(centres, known.bins, low, high, gate, 1 << self.format.bits)
-        return known.range(
-            self.step.method, bits=self.format.bits, percentile=self.step.percentile
-        )
+        return known.range(self.step.method, bits=self.format.bits, percentile=self.step.percentile)
 
     def _may_share(self, name: str, own: Encoding, joint: Encoding) -> bool:
         """Whether a Concat input may take the encoding of the result."""
@@ -224,7 +219,7 @@ class _Activations:
 
 def _gates(model: Model) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
     """Tensors that only a gate x * f(x) reads -> the gate as a function."""
-    found = {}
+    found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
     for node in model.graph.nodes:
         index = gate_factor(node)
         if index is None:
@@ -269,7 +264,7 @@ def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding
     )
 
 
-def finite(model: Model, tensor: object) -> np.ndarray:
+def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
     """The values of a constant.
 
     Raises:
@@ -297,9 +292,3 @@ def _noise(statistics: TensorStatistics, encoding: Encoding) -> float:
     if statistics.bins is None:
         return float(encoding.scale) ** 2 / 12
     return statistics.noise(encoding.low, encoding.high, encoding.qmax - encoding.qmin + 1)
-
-
-def _is_constant(tensor: object) -> bool:
-    import onnx_graphsurgeon as gs
-
-    return isinstance(tensor, gs.Constant)

@@ -1,4 +1,4 @@
-"""Even out the channels behind a gate (SiLU and its kin), where one scale would crush small ones."""
+"""Even out the channels behind a gate such as SiLU, where one scale would crush small ones."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["GateEqualization"]
 
 @dataclass(frozen=True, kw_only=True)
 class GateEqualization:
-    """Scale channels at a gate and take the scale back in the weights that follow.
+    r"""Scale channels at a gate and take the scale back in the weights that follow.
 
     A gate y = x * f(x), such as SiLU, is not homogeneous, so weights before it cannot be scaled as
     cross-layer equalization does.  But its factor x can, after f has read it::
 
         Conv -> x --> Sigmoid --> Mul -> y -> Conv(W)
-                 \\______________/
+                 \______________/
 
         Conv -> x --> Sigmoid ----------> Mul -> y' -> Conv(W / t)
-                 \\__ Mul(t per channel) __/
+                 \__ Mul(t per channel) __/
 
     with t a power of two per channel, so that the float function stays the same to the bit.  The
     gate then runs in float, which lets x have a scale per channel, too.  That costs time, so it is
@@ -36,6 +36,8 @@ class GateEqualization:
 
     Args:
         levels: Steps that the range of a channel must keep, of 255 for the whole tensor.
+        negative: Weight of the negative side of a range against the positive one; the gate leaves
+            little there.
         largest: Greatest scale.
 
     Source: the equalization of Nagel et al. 2019 (arXiv 1906.04721), moved to the gate's factor.
@@ -91,7 +93,8 @@ class GateEqualization:
     def _scale(self, bound: np.ndarray, *, depthwise: bool) -> np.ndarray:
         """Powers of two that even the channels out: wholly where each has a weight of its own."""
         ratio = bound.max() / np.maximum(bound, bound.max() / self.largest)
-        return np.exp2(np.round(np.log2(ratio) * (1.0 if depthwise else 0.5))).astype(np.float32)
+        scale: np.ndarray = np.exp2(np.round(np.log2(ratio) * (1.0 if depthwise else 0.5)))
+        return scale.astype(np.float32)
 
 
 def _scaled(model: Model, node: gs.Node, scale: np.ndarray) -> gs.Node:

@@ -83,7 +83,7 @@ class _Writer:
                 if isinstance(tensor, gs.Constant) and any(t is tensor for t in data):
                     encoding = self.model.encodings[tensor.name]
                     leaving = self._exit(layer)
-                    if leaving is not None:
+                    if layer is not None and leaving is not None:
                         node.inputs[index] = self._scaled(layer, tensor, encoding, leaving)
                         continue
                     if layer is not None and layer.bias is not None:
@@ -126,12 +126,10 @@ class _Writer:
     def _bias(self, layer: Layer, weight: Encoding, bias: np.ndarray | None = None) -> None:
         """int32, scale s_x * s_w computed in float32 as the runtime computes it."""
         x = self.model.encodings[layer.x.name]
-        scale = (x.scale.astype(np.float32) * weight.scale.astype(np.float32)).reshape(-1)
+        scale: np.ndarray = x.scale.astype(np.float32) * weight.scale.astype(np.float32)
         values = np.asarray(layer.bias if bias is None else bias, np.float64).reshape(-1)
-        if weight.axis is None:
-            axis, scale = None, scale.reshape(())
-        else:
-            axis = 0
+        axis = None if weight.axis is None else 0
+        scale = scale.reshape(() if axis is None else -1)
         steps = np.rint(values / scale.astype(np.float64))
         integers = np.clip(steps, -(2**31), 2**31 - 1).astype(np.int32)
         encoding = Encoding("int32", scale, np.zeros(scale.shape, np.int32), axis)
