@@ -145,6 +145,8 @@ class Session:
         the memory returns to the session's arena, and the next run pays neither for copies nor for
         page faults: drop them soon.
         """
+        if not self._names:  # onnxruntime would take an empty list for all outputs
+            return {}
         try:
             arrays = self._session.run(self._names, dict(feed))
         except Exception as error:  # onnxruntime's exceptions share no other base

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -24,6 +24,10 @@ __all__ = ["Calibrate"]
 BIAS_LIMIT = float(1 << 30)
 # Sharing a Concat's scale may raise the noise that an input's other readers see by this factor.
 SHARED_NOISE = 1.5
+# Samples from which the ranges of single channels are taken, and the values per channel from which
+# on those ranges are believed.
+CHANNEL_SAMPLES = 64
+MANY_VALUES = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,13 @@ class Calibrate:
             n for n in placement.exits if placement.bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)
         ]
         found = {}
-        for name, (low, high) in ctx.channel_ranges(model, names).items():
+        if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
+            return {}
+        tensors = model.tensors()
+        shapes = {n: tensors[n].shape or () for n in names}
+        names = [n for n in names if _many_values(shapes[n][2:])]
+        for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
+            low, high = _with_margin(low, high)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
         return found
 
@@ -154,6 +164,22 @@ class Calibrate:
         # A channel of zeros has no scale of its own; the finest of the others keeps its bias exact.
         bound = np.where(bound > 0, bound, bound[bound > 0].min(initial=np.inf))
         return Encoding.symmetric(np.where(np.isfinite(bound), bound, 0), wanted.dtype, axis)
+
+
+def _many_values(spatial: Sequence[object]) -> bool:
+    """Whether the samples give each channel enough values to believe its range.
+
+    A class that no sample belongs to has shown none of its large logits.
+    """
+    sizes = [s if isinstance(s, int) else MANY_VALUES for s in spatial]
+    return bool(CHANNEL_SAMPLES * np.prod(sizes, initial=1) >= MANY_VALUES)
+
+
+def _with_margin(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Channel ranges with room for what the samples did not show, within the tensor's range."""
+    low, high = np.minimum(low, 0), np.maximum(high, 0)
+    room = (high - low) * 0.5
+    return np.maximum(low - room, low.min()), np.minimum(high + room, high.max())
 
 
 class _Activations:
