@@ -1,0 +1,131 @@
+"""The command line on the digits example: exit codes, streams, files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+
+from onnxq.cli import main
+from onnxq.runtime import Session
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+MODEL, CALIB = DIGITS / "digits.onnx", DIGITS / "calib"
+
+
+def onnxq(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_quantize_compare_and_reuse(tmp_path):
+    out, facts, kept = tmp_path / "a.onnx", tmp_path / "a.json", tmp_path / "kept.npz"
+    saved = tmp_path / "encodings.json"
+    before = MODEL.read_bytes()
+    result = onnxq(
+        "quantize", MODEL, out, "--calib", CALIB, "--json", facts, "--statistics", kept,
+        "--save-encodings", saved,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "MACs in integers" in result.stdout
+    assert "MACs in integers" not in result.stderr
+    assert MODEL.read_bytes() == before
+    onnx.checker.check_model(str(out), full_check=True)
+    found = json.loads(facts.read_text())
+    assert found["integers"]["share"] == 1.0
+    assert found["outputs"][0]["sqnr_db"] > 25
+    assert found["bytes"]["after"] == out.stat().st_size
+    again = onnxq(
+        "quantize", MODEL, tmp_path / "b.onnx", "--calib", CALIB, "--statistics", kept, "--quiet"
+    )
+    assert again.exit_code == 0
+    assert again.output == ""
+    assert (tmp_path / "b.onnx").read_bytes() == out.read_bytes()
+    given = onnxq("quantize", MODEL, tmp_path / "c.onnx", "--encodings", saved, "--calib", CALIB)
+    assert given.exit_code == 0, given.output
+    feed = dict(np.load(next(iter(sorted(CALIB.iterdir())))))
+    runs = [Session(tmp_path / n).run(feed)["logits"] for n in ("a.onnx", "c.onnx")]
+    assert np.array_equal(*runs)
+    compared = onnxq("compare", MODEL, out, "--data", CALIB, "--no-latency")
+    assert compared.exit_code == 0, compared.output
+    assert "logits" in compared.stdout
+
+
+def test_run_a_recipe(tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[[pass]]\nname = "clean"\n[[pass]]\nname = "fold-batch-norm"\n')
+    out = tmp_path / "folded.onnx"
+    result = onnxq("run", recipe, MODEL, out, "--calib", CALIB)
+    assert result.exit_code == 0, result.output
+    assert "BatchNormalization" not in {n.op_type for n in onnx.load(out).graph.node}
+
+
+def test_inspect_and_passes(tmp_path):
+    result = onnxq("inspect", MODEL, "--json", tmp_path / "i.json")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "i.json").read_text())["layers"]
+    listed = onnxq("passes")
+    assert listed.exit_code == 0
+    for name in ("clean", "gptq", "insert-qdq"):
+        assert name in listed.stdout
+        assert onnxq("passes", name).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"model": "missing.onnx"}, "no such file"),
+        ({"calib": "missing"}, "no such file or folder"),
+        ({"out": "nowhere/out.onnx"}, "no such folder"),
+        ({"extra": ["--exclude", "Cnov"]}, "matches no node"),
+        ({"extra": ["--weights", "int9"]}, "no number format"),
+        ({"extra": ["--weights", "int4/channel"]}, "no integer kernels"),
+        ({"extra": ["--method", "mes"]}, "mse"),
+        ({"extra": ["--target", "ort-cup"]}, "ort-cpu"),
+        ({"extra": ["--recipe", "defalt"]}, "default"),
+        ({"broken": True}, "not an ONNX model"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(change, line, tmp_path):
+    model = MODEL
+    if change.get("broken"):
+        model = tmp_path / "broken.onnx"
+        model.write_bytes(MODEL.read_bytes()[:1000])
+    model = tmp_path / change["model"] if "model" in change else model
+    calib = tmp_path / change["calib"] if "calib" in change else CALIB
+    out = tmp_path / change.get("out", "out.onnx")
+    result = onnxq("quantize", model, out, "--calib", calib, *change.get("extra", []))
+    assert result.exit_code == 1, result.output
+    errors = [row for row in result.stderr.splitlines() if row.startswith("error: ")]
+    assert len(errors) == 1
+    assert line in errors[0]
+    assert not out.exists()
+
+
+def test_an_old_output_survives_an_error(tmp_path):
+    out = tmp_path / "out.onnx"
+    out.write_bytes(b"old")
+    result = onnxq("quantize", MODEL, out, "--calib", CALIB, "--exclude", "nothing")
+    assert result.exit_code == 1
+    assert out.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out.onnx"]
+
+
+def test_wrong_usage_and_refusals(tmp_path):
+    assert onnxq("quantize", MODEL, tmp_path / "o.onnx").exit_code == 2
+    assert onnxq("quantise").exit_code == 2
+    same = tmp_path / "same.onnx"
+    same.write_bytes(MODEL.read_bytes())
+    assert "is the input" in onnxq("quantize", same, same, "--calib", CALIB).stderr
+    done = tmp_path / "done.onnx"
+    assert onnxq("quantize", MODEL, done, "--calib", CALIB, "--quiet").exit_code == 0
+    twice = onnxq("quantize", done, tmp_path / "twice.onnx", "--calib", CALIB)
+    assert "quantized already" in twice.stderr
+
+
+@pytest.mark.parametrize("command", ["quantize", "run", "compare", "inspect", "passes"])
+def test_every_command_has_help(command):
+    result = onnxq(command, "--help")
+    assert result.exit_code == 0
+    assert len(result.stdout.splitlines()) > 4
