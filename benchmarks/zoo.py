@@ -1,0 +1,125 @@
+"""Quantize the models of the zoo with no option but --calib, score float and int8, print a table.
+
+    ONNXQ_ZOO=PATH python benchmarks/zoo.py [MODEL...] [--readme]
+
+The zoo is a folder with models/, eval.py and calib.py. Exit 1 if a model loses more than allowed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import onnxq
+
+HERE = Path(__file__).parent
+OUT = HERE / "out"
+# model -> task of eval.py, metric, allowed loss
+MODELS = {
+    "cifar_resnet20": ("cifar10", "top1", 0.3),
+    "cifar_resnet56": ("cifar10", "top1", 0.3),
+    "cifar_vit": ("cifar10", "top1", 0.3),
+    "espcn_x3": ("superres", "psnr", 0.1),
+    "espnet_camvid": ("camvid", "miou", 1.0),
+    "m5_speech": ("speech", "top1", 1.0),
+    "magika": ("filetype", "top1", 1.0),
+    "mobilenetv1_075": ("imagenet", "top1", 1.0),
+    "mobilenetv2": ("imagenet", "top1", 1.0),
+    "silero_vad": ("vad", "agree", 2.0),
+    "simplepose": ("pose", "mean_oks", 1.0),
+    "ultraface_rfb320": ("face", "face_recall", 1.0),
+    "vww_mobilenetv1_025": ("vww", "top1", 1.0),
+    "yolox_nano": ("detect", "map50", 1.5),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="*", default=[*MODELS], metavar="MODEL")
+    parser.add_argument("--readme", action="store_true", help="put the table into README.md")
+    args = parser.parse_args()
+    if "ONNXQ_ZOO" not in os.environ:
+        sys.exit("set ONNXQ_ZOO to the folder of the model zoo")
+    zoo = Path(os.environ["ONNXQ_ZOO"])
+    rows = [measure(zoo, name) for name in args.models]
+    OUT.mkdir(exist_ok=True)
+    (OUT / "zoo.json").write_text(json.dumps(rows, indent=1))
+    text = table(rows)
+    print(text)
+    if args.readme:
+        into_readme(text)
+    sys.exit(0 if all(r["kept"] for r in rows) else 1)
+
+
+def measure(zoo: Path, name: str) -> dict[str, object]:
+    task, metric, allowed = MODELS[name]
+    source = zoo / "models" / f"{name}.onnx"
+    calib = OUT / "calib" / name
+    if not calib.exists():
+        run(zoo / "calib.py", source, calib, "--limit", "100")
+    result = OUT / f"{name}.int8.onnx"
+    start = time.perf_counter()
+    _, report = onnxq.quantize(source, result, calib)
+    seconds = time.perf_counter() - start
+    reference = ["--ref", source] if metric == "agree" else []
+    score = json.loads(run(zoo / "eval.py", task, result, *reference))[metric]
+    known = 100.0 if reference else json.loads(run(zoo / "eval.py", task, source))[metric]
+    facts = report.facts
+    return {
+        "model": name,
+        "metric": metric,
+        "float": known,
+        "int8": score,
+        "allowed": allowed,
+        "kept": bool(score >= known - allowed - 1e-9),
+        "sqnr": [o["sqnr_db"] for o in facts["outputs"]],
+        "share": facts["integers"]["share"],
+        "possible": facts["integers"]["share_of_possible"],
+        "seconds": seconds,
+        "bytes": [facts["bytes"]["before"], facts["bytes"]["after"]],
+    }
+
+
+def run(script: Path, *args: object) -> str:
+    command = [sys.executable, str(script), *map(str, args)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    lines = [
+        "| model | metric | float | int8 | difference | allowed | SQNR dB | MACs in integers, all /"
+        " with kernels | seconds | MB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        before, after = (b / 1e6 for b in r["bytes"])
+        sqnr = ", ".join(f"{s:.1f}" for s in r["sqnr"])
+        missed = "" if r["kept"] else " **missed**"
+        lines.append(
+            f"| {r['model']} | {r['metric']} | {r['float']:.2f} | {r['int8']:.2f}"
+            f" | {r['int8'] - r['float']:+.2f}{missed} | -{r['allowed']} | {sqnr}"
+            f" | {100 * r['share']:.1f} / {100 * r['possible']:.1f} % | {r['seconds']:.1f}"
+            f" | {before:.2f} -> {after:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def into_readme(text: str) -> None:
+    path = HERE.parent / "README.md"
+    old = path.read_text()
+    head, rest = old.split("<!-- zoo-table -->")
+    tail = rest.split("<!-- /zoo-table -->")[1]
+    told = (
+        "100 calibration samples, no option but `--calib`, scored on onnxruntime's integer kernels;"
+        " seconds on 2 cores; printed by `ONNXQ_ZOO=PATH python benchmarks/zoo.py`:"
+    )
+    path.write_text(f"{head}<!-- zoo-table -->\n\n{told}\n\n{text}\n\n<!-- /zoo-table -->{tail}")
+
+
+if __name__ == "__main__":
+    main()
