@@ -28,6 +28,8 @@ SHARED_NOISE = 1.5
 # on those ranges are believed.
 CHANNEL_SAMPLES = 64
 MANY_VALUES = 10_000
+# Bins of a model input's histogram.
+INPUT_BINS = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,6 +205,7 @@ class _Activations:
         for names, out in placement.joins:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
+        self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
 
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
@@ -224,6 +227,8 @@ class _Activations:
 
     def _range(self, name: str) -> tuple[float, float]:
         known = self.statistics[name]
+        if name in self.inputs:
+            return self.inputs[name]
         gate = self.gates.get(name)
         if gate is not None and self.step.method == "mse" and known.bins is not None:
             width = 2.0**known.exponent
@@ -231,6 +236,35 @@ class _Activations:
             low, high = min(known.minimum, 0.0), max(known.maximum, 0.0)
             return gate_range(centres, known.bins, low, high, gate, 1 << self.format.bits)
         return known.range(self.step.method, bits=self.format.bits, percentile=self.step.percentile)
+
+    def _input_ranges(self, model: Model, ctx: Context) -> dict[str, tuple[float, float]]:
+        """Ranges of the model's inputs of least error relative to each sample's power.
+
+        Recordings differ in loudness by orders of magnitude; a plain mean would leave the quiet
+        ones a handful of steps.
+        """
+        names = [n for n in model.inputs if n in self.statistics]
+        known = {n: self.statistics[n] for n in names}
+        edges = {
+            n: np.linspace(min(k.minimum, 0.0), max(k.maximum, 0.0), INPUT_BINS + 1)
+            for n, k in known.items()
+            if k.minimum < k.maximum
+        }
+        weights = {n: np.zeros(INPUT_BINS) for n in edges}
+        if not edges or ctx.data is None:
+            return {}
+        for feed in ctx.samples(model):
+            for name, total in weights.items():
+                power = float(np.square(feed[name], dtype=np.float64).mean())
+                if power > 0:
+                    total += np.histogram(feed[name], edges[name])[0] / (feed[name].size * power)
+        return {
+            n: gate_range(
+                (e[1:] + e[:-1]) / 2, weights[n], e[0], e[-1], _same, 1 << self.format.bits
+            )
+            for n, e in edges.items()
+            if weights[n].any()
+        }
 
     def _may_share(self, name: str, own: Encoding, joint: Encoding) -> bool:
         """Whether a Concat input may take the encoding of the result."""
@@ -258,6 +292,10 @@ def _gates(model: Model) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
                 slope, offset = gate.attrs.get("alpha", 0.2), gate.attrs.get("beta", 0.5)
                 found[x.name] = partial(_hard_swish, slope=slope, offset=offset)
     return found
+
+
+def _same(x: np.ndarray) -> np.ndarray:
+    return x
 
 
 def _silu(x: np.ndarray) -> np.ndarray:

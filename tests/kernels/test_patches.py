@@ -1,92 +1,89 @@
-"""Patch sums and patches against numpy's sliding windows; rounding by output error."""
+"""Patch sums and gathered patches against windows taken with plain numpy."""
+
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.kernels.gates import gate_range
 from onnxq.kernels.patches import add_patch_sums, gather_patches
-from onnxq.kernels.rounding import gptq, inverse_factor, shrink
-from onnxq.ops import conv_window
 
 
-def unfolded(x, window):
-    """[positions, C, k, k] patches of a batch [N, C, H, W]."""
-    after = [
-        max(0, (p - 1) * s + d * (k - 1) + 1 - n - b)
-        for p, s, d, k, n, b in zip(
-            window.positions, window.strides, window.dilations, window.size, x.shape[2:],
-            window.begin, strict=True,
-        )
-    ]  # fmt: skip
-    pads = [(0, 0), (0, 0), *zip(window.begin, after, strict=True)]
+def windows(x, size, strides, begin, end, dilations):
+    """All patches [N * positions, C, *size], in the order of flat output positions."""
+    pads = [(0, 0), (0, 0), *zip(begin, end, strict=True)]
     padded = np.pad(x, pads)
-    extent = [d * (k - 1) + 1 for d, k in zip(window.dilations, window.size, strict=True)]
-    views = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=(2, 3))
-    views = views[:, :, :: window.strides[0], :: window.strides[1]]
-    views = views[:, :, : window.positions[0], : window.positions[1]]
-    views = views[..., :: window.dilations[0], :: window.dilations[1]]
-    return views.transpose(0, 2, 3, 1, 4, 5).reshape(-1, x.shape[1], *window.size)
+    extent = [d * (k - 1) + 1 for k, d in zip(size, dilations, strict=True)]
+    views = np.lib.stride_tricks.sliding_window_view(padded, extent, axis=(2, 3, 4))
+    steps = (slice(None), slice(None), *(slice(None, None, s) for s in strides))
+    inner = (Ellipsis, *(slice(None, None, d) for d in dilations))
+    views = views[steps][inner]
+    positions = views.shape[2:5]
+    patches = views.transpose(0, 2, 3, 4, 1, 5, 6, 7).reshape(-1, x.shape[1], *size)
+    return patches, positions
 
 
-@given(
-    st.integers(1, 3), st.integers(1, 3), st.integers(1, 2),
-    st.tuples(*[st.integers(0, 2)] * 4), st.integers(5, 9), st.integers(0, 100),
-)  # fmt: skip
-def test_patches_match_sliding_windows(size, stride, dilation, pads, side, seed):
-    x = np.random.default_rng(seed).standard_normal((2, 3, side, side + 1)).astype(np.float32)
-    attrs = {"strides": [stride] * 2, "dilations": [dilation] * 2, "pads": list(pads)}
-    window = conv_window(attrs, x.shape[2:], (size, size))
-    geometry = [
-        (1, *window.size), (1, *window.strides), (0, *window.begin), (1, *window.dilations),
-        (1, *window.positions),
-    ]  # fmt: skip
-    wanted = unfolded(x, window)
-    sums = np.zeros((3, 1, size, size))
-    add_patch_sums(x[:, :, None], *geometry, sums)
-    np.testing.assert_allclose(sums[:, 0], wanted.sum(0), rtol=1e-4, atol=1e-4)
-    picked = np.arange(len(wanted))
-    out = np.empty((len(wanted), 3 * size * size), np.float32)
-    gather_patches(x[:, :, None], *geometry, picked, out)
-    np.testing.assert_array_equal(out, wanted.reshape(len(wanted), -1))
+@st.composite
+def geometries(draw):
+    """A window on one, two or three axes; the leading ones have size 1."""
+    rank = draw(st.integers(1, 3))
+    axes = [(1, 1, 1, 0, 0, 1)] * (3 - rank)
+    for _ in range(rank):
+        length, size = draw(st.integers(1, 7)), draw(st.integers(1, 4))
+        stride, dilation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        begin, end = draw(st.integers(0, 4)), draw(st.integers(0, 4))
+        extent = dilation * (size - 1) + 1
+        end += max(0, extent - length - begin - end)
+        axes.append((length, size, stride, begin, end, dilation))
+    return tuple(zip(*axes, strict=True))
 
 
-@pytest.mark.parametrize("auto", ["SAME_UPPER", "SAME_LOWER", "VALID"])
-def test_auto_pad(auto):
-    window = conv_window({"auto_pad": auto, "strides": [2, 2]}, (7, 8), (3, 3))
-    assert window.positions == ((3, 3) if auto == "VALID" else (4, 4))
+@given(geometries(), st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
+def test_sums_and_patches_are_those_of_sliding_windows(geometry, samples, channels, seed):
+    length, size, strides, begin, end, dilations = geometry
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(samples, channels, *length)).astype(np.float32)
+    wanted, positions = windows(x, size, strides, begin, end, dilations)
+    total = np.full((channels, *size), 7.0)
+    add_patch_sums(x, size, strides, begin, dilations, positions, total)
+    np.testing.assert_allclose(total, 7.0 + wanted.sum(axis=0, dtype=np.float64), atol=1e-4)
+    picked = rng.integers(0, len(wanted), 9)
+    got = np.empty((9, channels * int(np.prod(size))), np.float32)
+    gather_patches(x, size, strides, begin, dilations, positions, picked, got)
+    np.testing.assert_array_equal(got, wanted[picked].reshape(9, -1))
 
 
-def test_rounding_by_output_error_beats_nearest():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((4000, 6)) @ rng.standard_normal((6, 40)) + 0.1 * rng.standard_normal(
-        (4000, 40)
-    )
-    h = shrink(x.T @ x / len(x), len(x))
-    np.testing.assert_allclose(np.diag(h), np.diag(x.T @ x / len(x)))
-    factor = inverse_factor(h, 1e-6)
-    np.testing.assert_allclose(
-        factor.T @ factor, np.linalg.inv(h + 1e-6 * np.eye(40)), rtol=1e-2, atol=1e-2
-    )
-    weight = rng.standard_normal((8, 40)).astype(np.float32)
-    scale = np.full(8, 0.3, np.float32)
-    out = np.empty_like(weight)
-    gptq(weight.copy(), scale, np.zeros(8, np.int32), -8, 7, factor, out)
-    steps = out / scale[:, None]
-    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-5)
-    assert steps.min() >= -8
-    assert steps.max() <= 7
-    nearest = np.clip(np.rint(weight / 0.3), -8, 7) * 0.3
-    errors = [np.square(x @ (w - weight).T).mean() for w in (out, nearest)]
-    assert errors[0] < errors[1] / 2
+def test_sums_add_up_over_batches():
+    x = np.random.default_rng(0).normal(size=(4, 2, 1, 5, 6)).astype(np.float32)
+    geometry = (1, 3, 3), (1, 1, 1), (0, 1, 1), (1, 1, 1), (1, 5, 6)
+    whole, parts = np.zeros((2, 1, 3, 3)), np.zeros((2, 1, 3, 3))
+    add_patch_sums(x, *geometry, whole)
+    for sample in x:
+        add_patch_sums(sample[None], *geometry, parts)
+    np.testing.assert_allclose(whole, parts, atol=1e-5)
 
 
-def test_gate_range_ignores_the_flat_side():
-    def silu(x):
-        return x / (1 + np.exp(-np.clip(x, -60, 60)))
+def test_a_window_wholly_in_the_padding_reads_zeros():
+    x = np.ones((1, 1, 1, 1, 2), np.float32)
+    geometry = (1, 1, 2), (1, 1, 1), (0, 0, 3), (1, 1, 1), (1, 1, 6)
+    out = np.full((6, 2), np.nan, np.float32)
+    gather_patches(x, *geometry, np.arange(6), out)
+    np.testing.assert_array_equal(out, [[0, 0], [0, 0], [0, 1], [1, 1], [1, 0], [0, 0]])
+    total = np.zeros((1, 1, 1, 2))
+    add_patch_sums(x, *geometry, total)
+    np.testing.assert_array_equal(total.ravel(), [2, 2])
 
-    centres = np.linspace(-100, 10, 500)
-    low, high = gate_range(centres, np.ones(500, np.int64), -100.0, 10.0, silu, 256)
-    assert low > -60
-    assert high > 8
+
+@pytest.mark.parametrize("layout", ["strided", "transposed"])
+def test_sums_take_arrays_of_any_memory_order(layout):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32)
+    given_ = np.repeat(x, 2, axis=4)[..., ::2] if layout == "strided" else np.asfortranarray(x)
+    geometry = (2, 2, 2), (1, 1, 1), (0, 0, 0), (1, 1, 1), (3, 4, 5)
+    got, wanted = np.zeros((3, 2, 2, 2)), np.zeros((3, 2, 2, 2))
+    add_patch_sums(given_, *geometry, got)
+    for k in itertools.product(range(2), repeat=3):
+        part = x[:, :, k[0] : k[0] + 3, k[1] : k[1] + 4, k[2] : k[2] + 5]
+        wanted[(slice(None), *k)] = part.sum(axis=(0, 2, 3, 4))
+    np.testing.assert_allclose(got, wanted, atol=1e-4)

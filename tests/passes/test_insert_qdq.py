@@ -1,0 +1,454 @@
+"""Q/DQ as onnxruntime fuses it: the operators that it runs, and that every level agrees."""
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from onnxq.encoding import Encoding
+from onnxq.model import load
+from onnxq.pass_manager import Context, PassManager
+from onnxq.passes import Calibrate, Clean, InsertQDQ
+from onnxq.runtime import Session
+from tests import models
+from tests.checks import ops, reasons, run
+from tests.models import parse
+
+X = "g (float[N,4,8,8] x) => (float[] y)"
+Q, DQ, CONV = "QuantizeLinear", "DequantizeLinear", "QLinearConv"
+MATMUL, LAST_MATMUL = "QLinearMatMul", "MatMulIntegerToFloat"
+
+# name -> text, constants, the operators of the graph that onnxruntime runs
+PATTERNS = {
+    "conv-relu": (
+        f"{X} <float[4,4,3,3] w, float[4] b, float[5,4,3,3] v>"
+        "{ c = Conv(x, w, b) r = Relu(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "conv-clip": (
+        f"{X} <float[4,4,3,3] w, float lo, float hi, float[5,4,3,3] v>"
+        "{ c = Conv(x, w) r = Clip(c, lo, hi) y = Conv(r, v) }",
+        {"lo": 0.0, "hi": 6.0},
+        [Q, CONV, CONV, DQ],
+    ),
+    "depthwise": (
+        f"{X} <float[4,1,3,3] w, float[4] b, float[5,4,1,1] v>"
+        "{ c = Conv<group=4, pads=[1,1,1,1]>(x, w, b) r = Relu(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "conv-1d": (
+        "g (float[N,3,32] x) => (float[] y) <float[4,3,3] w, float[4] b, float[5,4,3] v>"
+        "{ c = Conv(x, w, b) r = Relu(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "grouped": (
+        f"{X} <float[6,2,3,3] w, float[4,3,1,1] v>"
+        "{ c = Conv<group=2>(x, w) r = Relu(c) y = Conv<group=2>(r, v) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "conv-3d": (
+        "g (float[N,2,6,6,6] x) => (float[] y)"
+        "<float[4,2,3,3,3] w, float[4] b, float[5,4,1,1,1] v>"
+        "{ c = Conv(x, w, b) r = Relu(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "residual": (
+        f"{X} <float[4,4,1,1] a, float[4,4,3,3] w, float[4,4,1,1] v>"
+        "{ i = Conv(x, a) c = Conv<pads=[1,1,1,1]>(i, w) s = Add(c, i) r = Relu(s)"
+        " y = Conv(r, v) }",
+        {},
+        [Q, CONV, CONV, "QLinearAdd", CONV, DQ],
+    ),
+    "concat": (
+        f"{X} <float[4,4,1,1] a, float[4,4,1,1] w, float[4,8,1,1] v>"
+        "{ i = Conv(x, a) c = Conv(x, w) s = Concat<axis=1>(i, c) y = Conv(s, v) }",
+        {},
+        [Q, CONV, CONV, "QLinearConcat", CONV, DQ],
+    ),
+    "concat-relu": (
+        f"{X} <float[4,4,1,1] a, float[4,4,1,1] w, float[4,8,1,1] v>"
+        "{ i = Conv(x, a) k = Relu(i) c = Conv(x, w) s = Concat<axis=1>(k, c) y = Conv(s, v) }",
+        {},
+        [Q, CONV, CONV, "QLinearConcat", CONV, DQ],
+    ),
+    "max-pool": (
+        f"{X} <float[4,4,3,3] w, float[5,4,3,3] v>"
+        "{ c = Conv(x, w) r = MaxPool<kernel_shape=[2,2], strides=[2,2]>(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, "MaxPool", CONV, DQ],
+    ),
+    "average-pool": (
+        f"{X} <float[4,4,3,3] w, float[5,4,3,3] v>"
+        "{ c = Conv(x, w) r = AveragePool<kernel_shape=[2,2], strides=[2,2]>(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, "QLinearAveragePool", CONV, DQ],
+    ),
+    "head": (
+        f"{X} <float[4,4,3,3] w, float[4,5] v, float[5] b>"
+        "{ c = Conv(x, w) r = Relu(c) p = GlobalAveragePool(r) f = Flatten(p) y = Gemm(f, v, b) }",
+        {},
+        [Q, CONV, "QLinearGlobalAveragePool", "Flatten", "QGemm"],
+    ),
+    "matmul-chain": (
+        "g (float[N,8] x) => (float[] y) <float[8,12] w, float[12,6] v>"
+        "{ m = MatMul(x, w) y = MatMul(m, v) }",
+        {},
+        [Q, MATMUL, LAST_MATMUL],
+    ),
+    "attention": (
+        "g (float[N,6,8] x) => (float[] y) <float[8,8] w, float[8,8] v>"
+        "{ q = MatMul(x, w) k = MatMul(x, v) t = Transpose<perm=[0,2,1]>(k) y = MatMul(q, t) }",
+        {},
+        [Q, MATMUL, MATMUL, "Transpose", LAST_MATMUL],
+    ),
+    "pad": (
+        f"{X} <float[4,4,3,3] w, int64[8] p, float[5,4,3,3] v>"
+        "{ c = Conv(x, w) r = Pad(c, p) y = Conv(r, v) }",
+        {"p": [0, 0, 1, 2, 0, 0, 3, 0]},
+        [Q, CONV, "Pad", CONV, DQ],
+    ),
+    "moves": (
+        f"{X} <float[4,4,1,1] w, int64[3] s, float[64,6] v>"
+        "{ c = Conv(x, w) r = Reshape(c, s) t = Transpose<perm=[1,0,2]>(r) y = MatMul(t, v) }",
+        {"s": [0, 4, 64]},
+        [Q, CONV, "Reshape", "Transpose", LAST_MATMUL],
+    ),
+    "relu-is-output": (
+        "g (float[N,4,8,8] x) => (float[] r, float[] y) <float[4,4,3,3] w, float[5,4,3,3] v>"
+        "{ c = Conv(x, w) r = Relu(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, CONV, DQ, DQ],
+    ),
+    "conv-is-output": (
+        "g (float[N,4,8,8] x) => (float[] c, float[] y) <float[4,4,3,3] w, float[5,4,3,3] v>"
+        "{ c = Conv(x, w) r = Relu(c) y = Conv(r, v) }",
+        {},
+        [Q, CONV, DQ, Q, CONV, DQ, DQ],
+    ),
+    "exit": (
+        f"{X} <float[4,4,3,3] w, float[4] b> {{ c = Conv(x, w, b) y = Erf(c) }}",
+        {},
+        [Q, CONV, DQ, "Erf"],
+    ),
+    "exit-relu": (
+        f"{X} <float[4,4,3,3] w, float[4] b> {{ c = Conv(x, w, b) r = Relu(c) y = Erf(r) }}",
+        {},
+        [Q, CONV, DQ, "Erf"],
+    ),
+    "silu": (
+        f"{X} <float[4,4,3,3] w, float[4] b, float[5,4,3,3] v>"
+        "{ c = Conv(x, w, b) s = Sigmoid(c) m = Mul(c, s) y = Conv(m, v) }",
+        {},
+        [Q, CONV, "QLinearSigmoid", "QLinearMul", CONV, DQ],
+    ),
+    "shared-weight": (
+        f"{X} <float[4,4,3,3] w>"
+        "{ c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) y = Conv(r, w) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "shared-bias": (
+        f"{X} <float[4,4,3,3] w, float[4] b, float[4,4,3,3] v>"
+        "{ c = Conv(x, w, b) r = Relu(c) y = Conv(r, v, b) }",
+        {},
+        [Q, CONV, CONV, DQ],
+    ),
+    "weight-read-both-ways": (
+        "g (float[N,6] x) => (float[] y, float[] z) <float[6,6] w, float[6] b>"
+        "{ y = Gemm(x, w, b) z = Gemm<transB=1>(x, w, b) }",
+        {},
+        [Q, "QGemm", "QGemm"],
+    ),
+    "weight-on-the-left": (
+        "g (float[N,6,8] x) => (float[] y) <float[5,6] w, float[8,8] v>"
+        "{ a = MatMul(x, v) y = MatMul(w, a) }",
+        {},
+        [Q, MATMUL, LAST_MATMUL],
+    ),
+    "weight-behind-moves": (
+        "g (float[N,6] x) => (float[] y) <float[24] w, int64[2] s>"
+        "{ r = Reshape(w, s) t = Transpose(r) y = MatMul(x, t) }",
+        {"s": [4, 6]},
+        [Q, LAST_MATMUL],
+    ),
+}
+
+
+def samples(proto, count=8):
+    return [models.feeds(proto, seed=seed) for seed in range(count)]
+
+
+def quantized(proto, data=None, **options):
+    data = samples(proto) if data is None else data
+    model, report = PassManager(Clean(), Calibrate(**options), InsertQDQ())(proto, data)
+    return model.to_proto(), report
+
+
+def sqnr(wanted, got):
+    wanted, got = wanted.astype(np.float64), got.astype(np.float64)
+    return 10 * np.log10(np.square(wanted).sum() / max(np.square(wanted - got).sum(), 1e-30))
+
+
+def shapes(infos):
+    return [(i.name, [d.dim_param or d.dim_value for d in i.type.tensor_type.shape.dim]) for i in infos]
+
+
+def assert_good(proto, after):
+    """Valid, of the same signature, near float, and the same at each optimization level."""
+    onnx.checker.check_model(after, full_check=True)
+    assert shapes(after.graph.input) == shapes(proto.graph.input)
+    assert shapes(after.graph.output) == shapes(proto.graph.output)
+    for batch in (1, 3):
+        feed = models.feeds(proto, seed=0, batch=batch)
+        wanted = run(proto, feed)
+        plain, fused = (run(after, feed, level) for level in ("disabled", "all"))
+        for name, array in wanted.items():
+            assert plain[name].shape == array.shape
+            assert sqnr(plain[name], fused[name]) >= 30, name
+            if batch == 1:  # the first half of a sample that the ranges were taken from
+                continue
+            assert sqnr(array, fused[name]) >= 20, name
+    feed = models.feeds(proto, seed=0)
+    for name, array in run(proto, feed).items():
+        assert sqnr(array, run(after, feed, "all")[name]) >= 25, name
+
+
+def fused_ops(proto, folder):
+    path = folder / "optimized.onnx"
+    Session(proto, level="extended", optimized_path=path, threads=1)
+    return ops(onnx.load(path))
+
+
+def tensors(proto):
+    return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
+
+
+def node_of(proto, output):
+    return next(n for n in proto.graph.node if output in n.output)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_onnxruntime_runs_integers(name, tmp_path):
+    text, constants, wanted = PATTERNS[name]
+    proto = parse(text, **constants)
+    after, _ = quantized(proto)
+    assert_good(proto, after)
+    assert fused_ops(after, tmp_path) == wanted
+
+
+# Which of them onnxruntime fuses with int8 activations depends on the processor.
+@pytest.mark.parametrize("name", PATTERNS)
+def test_int8_activations(name):
+    text, constants, _ = PATTERNS[name]
+    proto = parse(text, **constants)
+    after, _ = quantized(proto, activations="int8")
+    assert_good(proto, after)
+    for node in after.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert tensors(after)[node.input[2]].dtype == np.int8
+
+
+@pytest.mark.parametrize("weights", ["int8/tensor", "uint8", "uint8/channel"])
+@pytest.mark.parametrize("name", ["conv-relu", "depthwise", "head", "matmul-chain", "exit"])
+def test_formats_of_weights(name, weights, tmp_path):
+    text, constants, wanted = PATTERNS[name]
+    proto = parse(text, **constants)
+    after, _ = quantized(proto, weights=weights)
+    assert_good(proto, after)
+    assert fused_ops(after, tmp_path) == wanted
+    kinds = {a.dtype for n, a in tensors(after).items() if n.endswith("_quantized") and a.ndim > 1}
+    assert kinds == {np.dtype(weights.partition("/")[0])}
+
+
+@pytest.mark.parametrize("weights", ["int8/channel", "int8/tensor", "uint8"])
+@pytest.mark.parametrize("name", ["conv-relu", "head", "shared-bias", "shared-weight", "exit"])
+def test_the_scale_of_a_bias_is_exactly_the_product(name, weights):
+    text, constants, _ = PATTERNS[name]
+    after, _ = quantized(parse(text, **constants), weights=weights)
+    values = tensors(after)
+    checked = 0
+    for node in after.graph.node:
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+            x, w, b = (node_of(after, name).input for name in node.input[:3])
+            product = values[x[1]] * values[w[1]]
+            assert product.dtype == np.float32
+            np.testing.assert_array_equal(values[b[1]], product)
+            assert values[b[0]].dtype == np.int32
+            assert not values[b[2]].any()
+            checked += 1
+    assert checked
+
+
+def test_a_bias_far_larger_than_its_layer_does_not_overflow():
+    text = "g (float[N,3,6,6] x) => (float[] y) <float[4,3,3,3] w, float[4] b> { y = Conv(x, w, b) }"
+    proto = parse(text, b=[1e3, -1e3, 5, 0])
+    data = [{"x": feed["x"] * np.float32(1e-5)} for feed in samples(proto)]
+    for weights in ("int8/channel", "int8/tensor"):
+        after, _ = quantized(proto, data, weights=weights)
+        wanted = run(proto, data[0])["y"]
+        for level in ("disabled", "all"):
+            got = run(after, data[0], level)["y"]
+            np.testing.assert_allclose(got, wanted, atol=10)
+            assert np.all(np.sign(got[:, 0]) == 1)
+            assert np.all(np.sign(got[:, 1]) == -1)
+
+
+def test_a_bias_before_an_integer_reader_does_not_overflow():
+    text = f"{X} <float[4,4,3,3] w, float[4] b, float[4,4,1,1] v> {{ c = Conv(x, w, b) y = Conv(c, v) }}"
+    proto = parse(text, b=[900, -1000, 800, 700])
+    data = [{"x": feed["x"] * np.float32(1e-5)} for feed in samples(proto)]
+    after, _ = quantized(proto, data)
+    biases = [a for a in tensors(after).values() if a.dtype == np.int32]
+    assert max(np.abs(b.astype(np.int64)).max() for b in biases) <= 2**30
+    for level in ("disabled", "all"):
+        assert sqnr(run(proto, data[0])["y"], run(after, data[0], level)["y"]) > 25
+
+
+def test_results_of_convolutions_that_floats_read_have_a_scale_per_channel():
+    text, constants, _ = PATTERNS["exit"]
+    proto = parse(text, **constants)
+    after, _ = quantized(proto)
+    erf = next(n for n in after.graph.node if n.op_type == "Erf")
+    leaving = node_of(after, erf.input[0])
+    assert tensors(after)[leaving.input[1]].shape == (4,)
+    arriving = node_of(after, leaving.input[0])
+    assert tensors(after)[arriving.input[1]] == 1
+
+
+def test_channels_of_very_different_sizes_keep_their_precision_at_an_exit():
+    text = "g (float[N,3,6,6] x) => (float[] y) <float[4,3,3,3] w, float[4] b> { y = Conv(x, w, b) }"
+    w = models.np.random.default_rng(0).normal(size=(4, 3, 3, 3))
+    proto = parse(text, w=w * np.array([1, 1e-2, 1e-4, 0])[:, None, None, None], b=[0, 0, 0, 0.5])
+    after, _ = quantized(proto)
+    feed = samples(proto)[0]
+    wanted, got = run(proto, feed)["y"], run(after, feed, "all")["y"]
+    for channel in range(4):
+        assert sqnr(wanted[:, channel], got[:, channel]) > 30, channel
+
+
+def test_inputs_of_a_concat_share_their_parameters():
+    text, constants, _ = PATTERNS["concat"]
+    after, _ = quantized(parse(text, **constants))
+    concat = next(n for n in after.graph.node if n.op_type == "Concat")
+    reader = next(n for n in after.graph.node if concat.output[0] in n.input)
+    values = tensors(after)
+    grids = [node_of(after, name).input for name in concat.input]
+    scales = {float(values[i[1]]) for i in grids} | {float(values[reader.input[1]])}
+    zeros = {int(values[i[2]]) for i in grids} | {int(values[reader.input[2]])}
+    assert len(scales) == len(zeros) == 1
+
+
+def test_a_relu_before_a_concat_keeps_its_own_range():
+    text, constants, _ = PATTERNS["concat-relu"]
+    after, _ = quantized(parse(text, **constants))
+    concat = next(n for n in after.graph.node if n.op_type == "Concat")
+    values = tensors(after)
+    zeros = [int(values[node_of(after, name).input[2]]) for name in concat.input]
+    assert zeros[0] == 0
+    assert zeros[1] > 0
+
+
+def test_pad_is_written_on_integers_and_pads_with_the_zero_point():
+    text, constants, _ = PATTERNS["pad"]
+    after, _ = quantized(parse(text, **constants))
+    pad = next(n for n in after.graph.node if n.op_type == "Pad")
+    assert node_of(after, pad.input[0]).op_type == "QuantizeLinear"
+    reader = next(n for n in after.graph.node if pad.output[0] in n.input)
+    assert reader.op_type == "DequantizeLinear"
+    values = tensors(after)
+    assert values[pad.input[2]] == values[reader.input[2]]
+    assert values[pad.input[2]].dtype == np.uint8
+
+
+def test_a_pad_that_is_an_output_keeps_its_name():
+    text = (
+        "g (float[N,4,8,8] x) => (float[] r, float[] y) <float[4,4,3,3] w, int64[8] p,"
+        "float[5,4,3,3] v> { c = Conv(x, w) r = Pad(c, p) y = Conv(r, v) }"
+    )
+    proto = parse(text, p=[0, 0, 1, 1, 0, 0, 1, 1])
+    assert_good(proto, quantized(proto)[0])
+
+
+def test_nothing_to_quantize_is_said_and_nothing_is_changed():
+    proto = parse("g (float[N,6] x) => (float[] y) { a = Erf(x) y = Sin(a) }")
+    model = load(proto)
+    before = model.to_proto().SerializeToString(deterministic=True)
+    ctx = Context(samples(proto))
+    Calibrate().apply(model, ctx)
+    changes = InsertQDQ().apply(model, ctx)
+    assert not changes
+    assert [s.layer for s in changes.skipped] == ["model"]
+    assert model.to_proto().SerializeToString(deterministic=True) == before
+
+
+def test_a_subgraph_keeps_reading_what_it_reads():
+    text = (
+        "g (float[N,4,8,8] x, bool k) => (float[] y, float[] z) <float[4,4,3,3] w, float[4,4,1,1] v> {"
+        " c = Conv(x, w) r = Relu(c) y = Conv(r, v)"
+        " z = If(k) <then_branch = t () => (float[N,4,6,6] a) { a = Neg(r) },"
+        " else_branch = e () => (float[N,4,6,6] b) { b = Abs(c) }> }"
+    )
+    proto = parse(text)
+    data = [{**f, "k": np.array(i % 2 == 0)} for i, f in enumerate(samples(proto))]
+    after, _ = quantized(proto, data)
+    onnx.checker.check_model(after, full_check=True)
+    assert ops(after).count("QuantizeLinear") >= 2
+    for feed in data[:2]:
+        wanted = run(proto, feed)
+        for level in ("disabled", "all"):
+            got = run(after, feed, level)
+            assert min(sqnr(wanted[n], got[n]) for n in wanted) >= 25
+
+
+def test_encodings_set_by_hand_are_written_as_they_are():
+    text, constants, _ = PATTERNS["conv-relu"]
+    proto = parse(text, **constants)
+    model, ctx = load(proto), Context(samples(proto))
+    Calibrate().apply(model, ctx)
+    model.encodings["x"] = Encoding.of_range(-7, 9, "uint8")
+    InsertQDQ().apply(model, ctx)
+    after = model.to_proto()
+    first = next(n for n in after.graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "x")
+    assert tensors(after)[first.input[1]] == np.float32(16 / 255)
+    assert tensors(after)[first.input[2]] == 112
+
+
+def test_without_encodings_nothing_is_written():
+    text, constants, _ = PATTERNS["conv-relu"]
+    model = load(parse(text, **constants))
+    changes = InsertQDQ().apply(model, Context())
+    assert not changes
+    assert "model" in reasons(changes)
+
+
+@pytest.mark.parametrize("opset", [9, 11, 13, 17, 21])
+def test_operator_sets(opset):
+    text, constants, _ = PATTERNS["residual"]
+    proto = parse(text, opset=opset, **constants)
+    after, _ = quantized(proto)
+    assert after.opset_import[0].version == max(opset, 13)
+    assert_good(proto, after)
+
+
+def test_names_that_are_taken_already():
+    text = (
+        "g (float[N,4,8,8] x, float[N,4,8,8] x_scale) => (float[] y) <float[4,4,3,3] w,"
+        "float[4,4,3,3] w_quantized> { a = Conv(x, w) c = Conv(x_scale, w_quantized) y = Add(a, c) }"
+    )
+    proto = parse(text)
+    assert_good(proto, quantized(proto)[0])
+
+
+def test_constants_of_zeros():
+    text, _, _ = PATTERNS["conv-relu"]
+    proto = parse(text, w=np.zeros((4, 4, 3, 3)))
+    after, _ = quantized(proto)
+    feed = samples(proto)[0]
+    wanted = run(proto, feed)["y"]
+    for level in ("disabled", "all"):
+        assert sqnr(wanted, run(after, feed, level)["y"]) >= 30
