@@ -28,6 +28,8 @@ SHARED_NOISE = 1.5
 # on those ranges are believed.
 CHANNEL_SAMPLES = 64
 MANY_VALUES = 10_000
+# The range given to a weight of zeros: small, so that the scale of its bias is fine.
+ZERO_WEIGHT = 1e-3
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
 
@@ -159,13 +161,16 @@ class Calibrate:
         if wanted.granularity == "tensor" or (layer.op == "MatMul" and values.ndim != 2):
             if wanted.dtype.startswith("u"):
                 return Encoding.of_range(values.min(initial=0), values.max(initial=0), wanted.dtype)
-            return Encoding.symmetric(np.abs(values).max(initial=0), wanted.dtype)
+            bound = np.abs(values).max(initial=0) or ZERO_WEIGHT
+            return Encoding.symmetric(np.array(bound), wanted.dtype)
         axis = layer.channel_axis
         others = tuple(i for i in range(values.ndim) if i != axis)
         bound = np.abs(values).max(axis=others, initial=0)
         # A channel of zeros has no scale of its own; the finest of the others keeps its bias exact.
         bound = np.where(bound > 0, bound, bound[bound > 0].min(initial=np.inf))
-        return Encoding.symmetric(np.where(np.isfinite(bound), bound, 0), wanted.dtype, axis)
+        return Encoding.symmetric(
+            np.where(np.isfinite(bound), bound, ZERO_WEIGHT), wanted.dtype, axis
+        )
 
 
 def _many_values(spatial: Sequence[object]) -> bool:
