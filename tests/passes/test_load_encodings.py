@@ -1,0 +1,86 @@
+"""Encodings from a file take the place of calibration."""
+
+import numpy as np
+import pytest
+
+from onnxq import encodings_json
+from onnxq.errors import OnnxqError, RecipeError
+from onnxq.model import load
+from onnxq.pass_manager import Context, PassManager
+from onnxq.passes import Calibrate, InsertQDQ, LoadEncodings
+from tests import models
+from tests.checks import run
+from tests.models import parse
+
+TEXT = (
+    "g (float[N,3,16,16] x) => (float[] y) <float[4,3,3,3] w, float[4] b, float[5,4,3,3] v>"
+    "{ c = Conv(x, w, b) r = Relu(c) y = Conv(r, v) }"
+)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    proto = parse(TEXT)
+    model = load(proto)
+    Calibrate().apply(
+        model, Context([models.feeds(proto, seed=s) for s in range(4)])
+    )
+    path = tmp_path / "e.json"
+    encodings_json.save(model.encodings, path)
+    return proto, model, path
+
+
+def test_the_round_trip_is_exact(saved):
+    proto, model, path = saved
+    other = load(proto)
+    changes = LoadEncodings(path=str(path)).apply(other, Context())
+    assert changes
+    assert dict(other.encodings) == dict(model.encodings)
+    assert other.encodings.float_nodes == model.encodings.float_nodes
+
+
+def test_the_quantized_model_is_the_same(saved):
+    proto, model, path = saved
+    ctx = Context()
+    InsertQDQ().apply(model, ctx)
+    other, _ = PassManager(LoadEncodings(path=str(path)), InsertQDQ())(proto)
+    feed = models.feeds(proto, seed=9)
+    np.testing.assert_array_equal(run(other, feed)["y"], run(model, feed)["y"])
+
+
+def test_older_operator_sets_are_raised(saved):
+    _, _, path = saved
+    model = load(parse(TEXT, opset=11))
+    LoadEncodings(path=str(path)).apply(model, Context())
+    assert model.opset == 13
+    assert "x" in model.encodings
+
+
+@pytest.mark.parametrize(("old", "new", "hint"), [("x", "xx", "did you mean x"), ("x", "none_such_1234", "this model")])
+def test_names_that_the_model_does_not_have(saved, old, new, hint):
+    proto, model, path = saved
+    model.encodings[new] = model.encodings[old]
+    encodings_json.save(model.encodings, path)
+    with pytest.raises(RecipeError, match=hint):
+        LoadEncodings(path=str(path)).apply(load(proto), Context())
+
+
+def test_nodes_that_the_model_does_not_have(saved):
+    proto, model, path = saved
+    model.encodings.float_nodes["Conv_9"] = "excluded"
+    encodings_json.save(model.encodings, path)
+    with pytest.raises(RecipeError, match=r"no node 'Conv_9'.*did you mean Conv_"):
+        LoadEncodings(path=str(path)).apply(load(proto), Context())
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"activation_encodings": 3}'])
+def test_broken_files(saved, content):
+    proto, _, path = saved
+    path.write_bytes(content)
+    with pytest.raises(OnnxqError):
+        LoadEncodings(path=str(path)).apply(load(proto), Context())
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(OnnxqError, match="none.json"):
+        LoadEncodings(path=str(tmp_path / "none.json")).apply(load(parse(TEXT)), Context())
