@@ -89,6 +89,7 @@ class Calibrate:
         for layer in model.layers():
             if layer.name in placement.float_nodes:
                 changes.skip(layer.name, placement.float_nodes[layer.name])
+        _check_constants(model, placement)
         activations = _Activations(self, model, placement, ctx).encode()
         activations.update(self._encode_exits(model, placement, ctx))
         model.encodings.replace(activations)
@@ -331,6 +332,15 @@ def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding
     return replace(
         encoding, scale=np.maximum(encoding.scale, needed * (1 + 1e-6)).astype(np.float32)
     )
+
+
+def _check_constants(model: Model, placement: Placement) -> None:
+    """Name a weight or bias that is NaN or infinite before it shows in every activation."""
+    for node in model.graph.nodes:
+        if node.name in placement.nodes:
+            for tensor in node.inputs:
+                if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
+                    finite(model, tensor)
 
 
 def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:

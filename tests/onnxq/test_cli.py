@@ -129,3 +129,76 @@ def test_every_command_has_help(command):
     result = onnxq(command, "--help")
     assert result.exit_code == 0
     assert len(result.stdout.splitlines()) > 4
+
+
+@pytest.mark.parametrize("args", [["--help"], ["-h"], ["--version"]])
+def test_help_and_version_of_the_whole(args):
+    result = onnxq(*args)
+    assert result.exit_code == 0
+    assert result.stdout
+    assert result.stderr == ""
+
+
+def test_json_has_what_was_asked_for_and_quiet_says_nothing(tmp_path):
+    out, facts = tmp_path / "q.onnx", tmp_path / "q.json"
+    quiet = ["--json", facts, "--quiet"]
+    result = onnxq("quantize", MODEL, out, "--calib", CALIB, "--limit", 8, *quiet)
+    assert (result.exit_code, result.output) == (0, "")
+    found = json.loads(facts.read_text())
+    wanted = {"bytes", "versions", "seconds", "integers", "outputs", "notes", "passes"}
+    assert set(found) == wanted
+    assert set(found["passes"][0]) == {"name", "options", "seconds", "bytes", "done", "skipped"}
+    assert found["outputs"][0]["samples"] == 8
+    result = onnxq("compare", MODEL, out, "--data", CALIB, "--limit", 8, "--no-latency", *quiet)
+    assert (result.exit_code, result.output) == (0, "")
+    found = json.loads(facts.read_text())
+    assert set(found) == {"outputs", "bytes", "latency_ms", "samples", "threads"}
+    assert found["outputs"][0]["name"] == "logits"
+    assert found["samples"] == 8
+
+
+def test_progress_goes_to_stderr(tmp_path):
+    result = onnxq("quantize", MODEL, tmp_path / "q.onnx", "--calib", CALIB, "--limit", 8)
+    assert "calibrate" in result.stderr
+    assert "done" not in result.stdout
+    assert "SQNR" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ([], 2),
+        (["inspect"], 2),
+        (["inspect", MODEL, "--shape", "input=axb"], 2),
+        (["inspect", "missing.onnx"], 1),
+        (["compare", MODEL, MODEL], 2),
+        (["compare", MODEL, "missing.onnx", "--data", CALIB], 1),
+        (["compare", MODEL, MODEL, "--data", "missing"], 1),
+        (["passes", "gtpq"], 1),
+        (["run", "missing.toml", MODEL, "out.onnx", "--calib", CALIB], 1),
+        (["quantize", MODEL, "out.onnx", "--calib", CALIB, "--limit", 0], 2),
+        (["quantize", MODEL, "out.onnx", "--calib", CALIB, "--threads", -1], 2),
+        (["quantize", MODEL, "out.onnx", "--calib", CALIB, "--no-such-option"], 2),
+        (["quantize", MODEL, "out.onnx", "--encodings", "missing.json"], 1),
+    ],
+)
+def test_exit_codes(args, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = onnxq(*args)
+    assert result.exit_code == code, result.output
+    assert result.stdout == ""
+    if code == 1:
+        assert [line[:7] for line in result.stderr.splitlines()] == ["error: "]
+    assert not any(tmp_path.iterdir())
+
+
+def test_encodings_need_no_samples(tmp_path):
+    saved, recipe = tmp_path / "e.json", ["--recipe", "minmax"]
+    a, b = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    given = ["--calib", CALIB, "--save-encodings", saved, "--quiet"]
+    assert onnxq("quantize", MODEL, a, *recipe, *given).exit_code == 0
+    result = onnxq("quantize", MODEL, b, *recipe, "--encodings", saved)
+    assert result.exit_code == 0, result.output
+    with np.load(DIGITS / "test.npz") as test:
+        feed = {"input": test["input"]}
+    assert np.array_equal(*(Session(path).run(feed)["logits"] for path in (a, b)))

@@ -20,6 +20,14 @@ LAYERS = {
     "depthwise": "g (float[N,4,9,9] x) => (float[] y) <float[4,1,3,3] w, float[4] b>"
     "{ y = Conv<group=4, pads=[1,1,1,1]>(x, w, b) }",
     "conv-1d": "g (float[N,4,20] x) => (float[] y) <float[6,4,3] w> { y = Conv(x, w) }",
+    "same-upper": "g (float[N,4,7,8] x) => (float[] y) <float[6,4,3,2] w>"
+    '{ y = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w) }',
+    "same-lower": "g (float[N,4,7,8] x) => (float[] y) <float[6,4,3,2] w>"
+    '{ y = Conv<auto_pad="SAME_LOWER", strides=[2,1]>(x, w) }',
+    "valid": "g (float[N,4,7,8] x) => (float[] y) <float[6,4,3,2] w>"
+    '{ y = Conv<auto_pad="VALID", strides=[2,2]>(x, w) }',
+    "conv-3d": "g (float[N,2,5,6,4] x) => (float[] y) <float[4,2,2,3,2] w, float[4] b>"
+    "{ y = Conv<pads=[1,0,1,0,2,0]>(x, w, b) }",
     "gemm": "g (float[N,8] x) => (float[] y) <float[8,6] w, float[6] b> { y = Gemm(x, w, b) }",
     "gemm-transposed": "g (float[N,8] x) => (float[] y) <float[6,8] w, float[6] b>"
     "{ y = Gemm<transB=1>(x, w, b) }",

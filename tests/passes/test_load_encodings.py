@@ -22,9 +22,7 @@ TEXT = (
 def saved(tmp_path):
     proto = parse(TEXT)
     model = load(proto)
-    Calibrate().apply(
-        model, Context([models.feeds(proto, seed=s) for s in range(4)])
-    )
+    Calibrate().apply(model, Context([models.feeds(proto, seed=s) for s in range(4)]))
     path = tmp_path / "e.json"
     encodings_json.save(model.encodings, path)
     return proto, model, path
@@ -56,7 +54,9 @@ def test_older_operator_sets_are_raised(saved):
     assert "x" in model.encodings
 
 
-@pytest.mark.parametrize(("old", "new", "hint"), [("x", "xx", "did you mean x"), ("x", "none_such_1234", "this model")])
+@pytest.mark.parametrize(
+    ("old", "new", "hint"), [("x", "xx", "did you mean x"), ("x", "none_such_1234", "this model")]
+)
 def test_names_that_the_model_does_not_have(saved, old, new, hint):
     proto, model, path = saved
     model.encodings[new] = model.encodings[old]
@@ -82,5 +82,5 @@ def test_broken_files(saved, content):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(OnnxqError, match="none.json"):
+    with pytest.raises(OnnxqError, match=r"none\.json"):
         LoadEncodings(path=str(tmp_path / "none.json")).apply(load(parse(TEXT)), Context())

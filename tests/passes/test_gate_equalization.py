@@ -1,0 +1,159 @@
+"""Gate equalization: the float function stays, the integers gain precision."""
+
+import numpy as np
+import onnx
+import pytest
+
+from onnxq.model import load
+from onnxq.pass_manager import Context, PassManager
+from onnxq.passes import Calibrate, GateEqualization, InsertQDQ
+from tests import models
+from tests.checks import ops, proto_of, reasons, run
+from tests.models import parse
+
+HEAD = "g (float[N,3,18,18] x) => (float[] y) <float[8,3,3,3] w, float[8] b"
+GATE = "c = Conv(x, w, b) s = Sigmoid(c) m = Mul(c, s)"
+PLAIN = f"{HEAD}, float[4,8,3,3] v> {{ {GATE} y = Conv(m, v) }}"
+# Half of the channels are small, and the weights that read them are large.
+SIZES = np.array([1, 1, 1, 1, 4e-3, 4e-3, 4e-3, 4e-3])
+
+
+def imbalanced(text=PLAIN, weight="v", shape=(4, 8, 3, 3), axis=1, **more):
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(8, 3, 3, 3)) * 4 * SIZES[:, None, None, None]
+    by = [1] * len(shape)
+    by[axis] = 8
+    v = rng.normal(size=shape) / SIZES.reshape(by) if weight else None
+    given = {"w": w, "b": np.zeros(8), **({weight: v} if weight else {}), **more}
+    return parse(text, **given)
+
+
+def samples(proto):
+    return [models.feeds(proto, seed=seed) for seed in range(8)]
+
+
+def equalized(proto):
+    model = load(proto)
+    changes = GateEqualization().apply(model, Context(samples(proto)))
+    model.check()
+    onnx.checker.check_model(model.to_proto(), full_check=True)
+    return model, changes
+
+
+def sqnr(wanted, got):
+    error = np.square(wanted.astype(np.float64) - got).sum()
+    return 10 * np.log10(np.square(wanted.astype(np.float64)).sum() / error)
+
+
+@pytest.mark.parametrize("kind", ["full", "depthwise", "two readers", "swapped"])
+def test_the_float_function_stays(kind):
+    texts = {
+        "full": (PLAIN, (4, 8, 3, 3), 1),
+        "depthwise": (
+            f"{HEAD}, float[8,1,3,3] v> {{ {GATE} y = Conv<group=8>(m, v) }}",
+            (8, 1, 3, 3),
+            0,
+        ),
+        "two readers": (
+            f"{HEAD}, float[4,8,3,3] v, float[4,8,3,3] u> {{ {GATE} d = Conv(m, v)"
+            " e = Conv(m, u) y = Add(d, e) }",
+            (4, 8, 3, 3),
+            1,
+        ),
+        "swapped": (PLAIN.replace("Mul(c, s)", "Mul(s, c)"), (4, 8, 3, 3), 1),
+    }
+    text, shape, axis = texts[kind]
+    proto = imbalanced(text, shape=shape, axis=axis)
+    model, changes = equalized(proto)
+    assert changes
+    assert ops(model).count("Mul") == 2
+    feed = models.feeds(proto, seed=50)
+    wanted = run(proto, feed)["y"]
+    np.testing.assert_allclose(
+        run(model, feed)["y"], wanted, atol=1e-6 * np.abs(wanted).max(), rtol=0
+    )
+
+
+def test_scales_are_powers_of_two():
+    model, _ = equalized(imbalanced())
+    scale = next(t for n, t in model.tensors().items() if n.endswith("_scale"))
+    values = model.array(scale)
+    assert values.shape == (8, 1, 1)
+    np.testing.assert_array_equal(np.log2(values), np.rint(np.log2(values)))
+    assert values.min() == 1
+    assert values.max() > 1
+
+
+def test_integers_gain_precision():
+    text = f"{HEAD}, float[8,1,3,3] v> {{ {GATE} y = Conv<group=8>(m, v) }}"
+    proto = imbalanced(text, shape=(8, 1, 3, 3), axis=0)
+    data = samples(proto)
+    plain, _ = PassManager(Calibrate(), InsertQDQ())(proto, data)
+    better, _ = PassManager(GateEqualization(), Calibrate(), InsertQDQ())(proto, data)
+    wanted = run(proto, data[0])["y"]
+    before, after = (sqnr(wanted, run(m, data[0], "all")["y"]) for m in (plain, better))
+    assert after > before + 6
+    assert after > 20
+
+
+def test_integers_gain_precision_where_weights_share_their_scales():
+    proto = imbalanced()
+    data = samples(proto)
+    plain, _ = PassManager(Calibrate(), InsertQDQ())(proto, data)
+    better, _ = PassManager(GateEqualization(), Calibrate(), InsertQDQ())(proto, data)
+    wanted = run(proto, data[0])["y"]
+    before, after = (sqnr(wanted, run(m, data[0], "all")["y"]) for m in (plain, better))
+    assert after > before + 2
+
+
+def test_balanced_channels_are_left_alone():
+    proto = parse(PLAIN)
+    model, changes = equalized(proto)
+    assert not changes
+    assert not changes.skipped
+    assert ops(model) == ops(proto)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (PLAIN.replace("(float[] y)", "(float[] y, float[] m)"), "output"),
+        (f"{HEAD}, float[4,8,3,3] v> {{ {GATE} n = Neg(m) d = Conv(n, v) e = Conv(m, v)"
+         " y = Add(d, e) }", "reads it, too"),
+        (f"{HEAD}, float[4,8,3,3] v> {{ {GATE} d = Conv(m, v) e = Conv(m, v) y = Add(d, e) }}",
+         "shared"),
+        (f"{HEAD}, float[4,8,3,3] v> {{ {GATE} d = Conv(m, v) p = MaxPool<kernel_shape=[3,3]>(m)"
+         " q = ReduceMean<keepdims=1>(p) y = Add(d, q) }", "reads it, too"),
+    ],
+)  # fmt: skip
+def test_what_it_declines(text, why):
+    proto = imbalanced(text)
+    proto.graph.node[2].name = "gate"
+    model, changes = equalized(proto)
+    assert not changes
+    assert [*reasons(changes)] == ["gate"]
+    assert why in reasons(changes)["gate"]
+    assert ops(model) == ops(proto)
+
+
+def test_a_grouped_reader_is_declined():
+    text = f"{HEAD}, float[4,4,3,3] v> {{ {GATE} y = Conv<group=2>(m, v) }}"
+    _, changes = equalized(imbalanced(text, weight=None))
+    assert not changes
+    assert len(changes.skipped) == 1
+
+
+def test_models_without_gates_need_no_samples():
+    proto = parse("g (float[N,6] x) => (float[] y) <float[6,6] w> { y = MatMul(x, w) }")
+    assert not GateEqualization().apply(load(proto), Context())
+
+
+def test_a_second_run_changes_nothing_more():
+    proto = imbalanced(
+        f"{HEAD}, float[8,1,3,3] v> {{ {GATE} y = Conv<group=8>(m, v) }}",
+        shape=(8, 1, 3, 3),
+        axis=0,
+    )
+    model, _ = equalized(proto)
+    _, again = equalized(proto_of(model))
+    assert not again
