@@ -1,13 +1,12 @@
-"""Model and Layer: an onnx-graphsurgeon graph, and all that graphsurgeon drops or breaks."""
+"""Model: an onnx-graphsurgeon graph that can be read, edited safely, checked and written."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ import onnx_graphsurgeon as gs
 from onnx import numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
-from onnx_graphsurgeon.util.misc import SynchronizedList
 
-from onnxq import ops
 from onnxq.encoding import Encodings
-from onnxq.errors import ModelError, UnsupportedError
+from onnxq.errors import ModelError
+from onnxq.graph import consumers, has_subgraph, producer, rewire, topological
+from onnxq.layer import Layer
 from onnxq.model_io import (
     external_files,
     external_tensors,
@@ -29,25 +28,18 @@ from onnxq.model_io import (
     stored_bytes,
     write_proto,
 )
+from onnxq.round_trip import dense, normalize, remember, restore
 
-__all__ = ["BatchNormStatistics", "Layer", "Model", "load"]
-
-logging.getLogger("ONNX-GraphSurgeon").setLevel(logging.ERROR)
-gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
-
-
-def _unlink(self: SynchronizedList, tensor: gs.Tensor) -> None:
-    """Take one link away, by identity.
-
-    graphsurgeon compares nodes by name, attributes, inputs and outputs: that takes most of the time
-    where many nodes read one constant, and mixes up nodes of two branches that look the same.
-    """
-    links = getattr(tensor, self.field_name)
-    index = next(i for i, node in enumerate(links) if node is self.parent_obj)
-    list.__delitem__(links, index)
-
-
-SynchronizedList._remove_from_elem = _unlink
+__all__ = [
+    "BatchNormStatistics",
+    "Layer",
+    "Model",
+    "consumers",
+    "has_subgraph",
+    "load",
+    "producer",
+    "rewire",
+]
 
 
 @dataclass(frozen=True)
@@ -61,24 +53,6 @@ class BatchNormStatistics:
 
     gamma: np.ndarray
     beta: np.ndarray
-
-
-@dataclass
-class _Extras:
-    """What onnx-graphsurgeon does not carry from one ONNX file to the next."""
-
-    ir_version: int = 8
-    producer: tuple[str, str] = ("", "")
-    domain: str = ""
-    model_version: int = 0
-    doc_string: str = ""
-    metadata: dict[str, str] = field(default_factory=dict)
-    graph_metadata: dict[str, str] = field(default_factory=dict)
-    nodes: dict[str, tuple[str, dict[str, str]]] = field(default_factory=dict)
-    initializer_inputs: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
-    no_tensors: dict[str, onnx.ValueInfoProto] = field(default_factory=dict)
-    constants: set[str] = field(default_factory=set)
-    annotations: list[onnx.TensorAnnotation] = field(default_factory=list)
 
 
 class Model:
@@ -99,8 +73,8 @@ class Model:
         self.encodings = Encodings()
         self.batch_norms: dict[str, BatchNormStatistics] = {}
         self.revision = 0
-        _normalize(proto, path)
-        self._extras = _remember(proto)
+        normalize(proto, path)
+        self._extras = remember(proto)
         self.graph = gs.import_onnx(proto)
         if not self.graph.nodes:
             raise ModelError("the model has no operators", where=path)
@@ -200,15 +174,15 @@ class Model:
         """Remove a node whose first output equals its first input; output names stay."""
         source, result = node.inputs[0], node.outputs[0]
         if self.is_output(result):
-            producer = source.inputs[0]
-            slot = _slot(producer.outputs, source)
+            before = source.inputs[0]
+            slot = _slot(before.outputs, source)
             readers = list(source.outputs)
             node.inputs.clear()
             node.outputs.clear()
             for reader in readers:
                 if reader is not node:
                     rewire(reader, source, result)
-            producer.outputs[slot] = result
+            before.outputs[slot] = result
             if source.name in self.batch_norms:
                 self.batch_norms[result.name] = self.batch_norms.pop(source.name)
         else:
@@ -236,31 +210,8 @@ class Model:
         self.sort()
 
     def sort(self) -> None:
-        """Bring the nodes into topological order, in linear time and as little as possible."""
-        place = {id(n): i for i, n in enumerate(self.graph.nodes)}
-        order: list[gs.Node] = []
-        state: dict[int, int] = {}
-        for root in self.graph.nodes:
-            stack = [(root, iter(_producers(root)))] if id(root) not in state else []
-            if stack:
-                state[id(root)] = 1
-            while stack:
-                node, sources = stack[-1]
-                for source in sources:
-                    if id(source) not in place:
-                        continue
-                    mark = state.get(id(source))
-                    if mark == 1:
-                        raise ModelError("the graph has a cycle", where=f"node {source.name}")
-                    if mark is None:
-                        state[id(source)] = 1
-                        stack.append((source, iter(_producers(source))))
-                        break
-                else:
-                    state[id(node)] = 2
-                    order.append(node)
-                    stack.pop()
-        self.graph.nodes[:] = order
+        """Bring the nodes into topological order, moving as few as possible."""
+        self.graph.nodes[:] = topological(self.graph.nodes)
 
     def cleanup(self) -> int:
         """Remove nodes that no output needs, subgraphs left alone; returns how many."""
@@ -371,7 +322,7 @@ class Model:
             extra_outputs: Tensors to add to the outputs, for looking inside.
         """
         proto: onnx.ModelProto = gs.export_onnx(self.graph, do_type_check=False)
-        _restore(proto, self._extras)
+        restore(proto, self._extras)
         have = {o.name for o in proto.graph.output}
         for name in extra_outputs:
             if name not in have:
@@ -443,9 +394,9 @@ class Model:
         for graph in (self.graph, *self.graph.subgraphs(recursive=True)):
             for tensor in graph.tensors().values():
                 if isinstance(tensor, gs.Variable) and tensor.type != "tensor_type":
-                    tensor.dtype = tensor.shape = None  # sequences, maps: `_restore` knows them
+                    tensor.dtype = tensor.shape = None  # sequences, maps: `restore` knows them
                 elif isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues):
-                    tensor.values = _dense(tensor._values.tensor)
+                    tensor.values = dense(tensor._values.tensor)
                     self.notes.append(f"sparse weight {tensor.name} is written in full")
 
     def _name_nodes(self) -> None:
@@ -464,136 +415,6 @@ class Model:
             seen.add(name)
         if renamed:
             self.notes.append(f"{renamed} nodes shared their name with another and got a number")
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """One operator with a constant weight: Conv, ConvTranspose, Gemm or MatMul.
-
-    Args:
-        model: The model that holds it.
-        node: Its node.
-        side: Input index of the weight.
-    """
-
-    model: Model
-    node: gs.Node
-    side: int
-
-    @classmethod
-    def of(cls, model: Model, node: gs.Node) -> Layer | None:
-        """The layer that a node is; None if it is none."""
-        spec = ops.LAYERS.get(node.op)
-        if spec is None or node.domain not in (None, "", "ai.onnx") or len(node.inputs) < 2:
-            return None
-        side = spec.weight
-        if node.op in ("MatMul", "Gemm"):
-            left, right = (isinstance(t, gs.Constant) for t in node.inputs[:2])
-            side = ops.matmul_weight((left, right))
-            if side < 0 or (left and right):
-                return None
-        elif not isinstance(node.inputs[side], gs.Constant):
-            return None
-        return cls(model, node, side)
-
-    @property
-    def name(self) -> str:
-        """The node's name."""
-        return str(self.node.name)
-
-    @property
-    def op(self) -> str:
-        """The operator type."""
-        return str(self.node.op)
-
-    @property
-    def x(self) -> gs.Tensor:
-        """The activation that it reads."""
-        return self.node.inputs[1 - self.side]
-
-    @property
-    def y(self) -> gs.Tensor:
-        """Its output."""
-        return self.node.outputs[0]
-
-    @property
-    def result(self) -> gs.Tensor:
-        """Its output, or that of the only Relu or Clip after it."""
-        readers = self.y.outputs
-        if len(readers) == 1 and readers[0].op in ops.ACTIVATIONS:
-            return self.y if self.model.is_output(self.y) else readers[0].outputs[0]
-        return self.y
-
-    @property
-    def weight(self) -> np.ndarray:
-        """The weight as it is stored."""
-        return self.model.array(self.node.inputs[self.side])
-
-    @property
-    def weight_tensor(self) -> gs.Constant:
-        """The constant that holds the weight."""
-        return self.node.inputs[self.side]
-
-    @property
-    def group(self) -> int:
-        """Groups of a convolution; 1 elsewhere."""
-        return int(self.node.attrs.get("group", 1)) if "Conv" in self.op else 1
-
-    @property
-    def channel_axis(self) -> int:
-        """The axis of the weight along which one scale per output channel runs."""
-        shape = tuple(self.weight_tensor.shape)
-        return ops.channel_axis(self.op, self.node.attrs, shape, self.side)
-
-    @property
-    def bias_tensor(self) -> gs.Tensor | None:
-        """The bias input; None where there is none."""
-        index = ops.bias_input(self.op)
-        if index is None or len(self.node.inputs) <= index or not self.node.inputs[index].name:
-            return None
-        return self.node.inputs[index]
-
-    @property
-    def bias(self) -> np.ndarray | None:
-        """The constant bias; None where there is none or it is computed."""
-        tensor = self.bias_tensor
-        return self.model.array(tensor) if isinstance(tensor, gs.Constant) else None
-
-    @property
-    def owns_params(self) -> bool:
-        """Whether no other node reads the weight or the bias."""
-        tensors = [self.weight_tensor, self.bias_tensor]
-        return all(len(t.outputs) == 1 for t in tensors if isinstance(t, gs.Constant))
-
-    def set_weight(self, values: np.ndarray) -> None:
-        """Give this layer a new weight; other readers of the old one keep it."""
-        self.node.inputs[self.side] = self._replacement(self.weight_tensor, values)
-
-    def set_bias(self, values: np.ndarray) -> None:
-        """Give this layer a new constant bias; other readers of the old one keep it.
-
-        Raises:
-            ModelError: The operator takes no bias.
-        """
-        index = ops.bias_input(self.op)
-        if index is None:
-            raise ModelError(f"{self.op} takes no bias", where=f"node {self.name}")
-        old = self.bias_tensor
-        if isinstance(old, gs.Constant):
-            self.node.inputs[index] = self._replacement(old, values)
-            return
-        while len(self.node.inputs) < index:
-            self.node.inputs.append(gs.Variable.empty())
-        new = self.model.constant(f"{self.name}.bias", values)
-        if len(self.node.inputs) == index:
-            self.node.inputs.append(new)
-        else:
-            self.node.inputs[index] = new
-
-    def _replacement(self, old: gs.Tensor, values: np.ndarray) -> gs.Constant:
-        if len(old.outputs) > 1 or self.model.is_output(old):
-            return self.model.constant(f"{old.name}.{self.name}", values)
-        return gs.Constant(old.name, np.asarray(values, order="C"))
 
 
 def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
@@ -620,43 +441,8 @@ def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
     return Model(read_proto(Path(path)), Path(path))
 
 
-# ---------------------------------------------------------------------- graph helpers
-
-
-def rewire(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
-    """Make every input of `node` that is `old` read `new`."""
-    for index, tensor in enumerate(node.inputs):
-        if tensor is old:
-            node.inputs[index] = new
-
-
-def has_subgraph(node: gs.Node) -> bool:
-    """Whether the node holds a subgraph (If, Loop, Scan)."""
-    return any(isinstance(value, gs.Graph) for value in node.attrs.values())
-
-
-def producer(tensor: gs.Tensor) -> gs.Node | None:
-    """The node that produces the tensor; None for inputs and constants."""
-    return tensor.inputs[0] if tensor.inputs else None
-
-
-def consumers(tensor: gs.Tensor) -> list[gs.Node]:
-    """The nodes that read the tensor, each once."""
-    seen: dict[int, gs.Node] = {id(n): n for n in tensor.outputs}
-    return list(seen.values())
-
-
 def _slot(items: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:
     return next(i for i, t in enumerate(items) if t is tensor)
-
-
-def _producers(node: gs.Node) -> Iterator[gs.Node]:
-    for tensor in node.inputs:
-        yield from tensor.inputs
-    for value in node.attrs.values():
-        if isinstance(value, gs.Graph):
-            for inner in value.nodes:
-                yield from _producers(inner)
 
 
 def _constant_value(node: gs.Node) -> np.ndarray | LazyValues | None:
@@ -684,127 +470,3 @@ def _constant_bytes(tensor: gs.Constant) -> int:
             return stored_bytes(proto)
         return int(values.nbytes)
     return int(np.asarray(values).nbytes)
-
-
-def _normalize(proto: onnx.ModelProto, path: Path | None) -> None:
-    """Write the standard domain as "", and refuse attributes that graphsurgeon would lose."""
-    for opset in proto.opset_import:
-        opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
-    for graph in _graphs(proto.graph):
-        for node in graph.node:
-            if node.domain == "ai.onnx":
-                node.domain = ""
-            for attribute in node.attribute:
-                if attribute.type in _LOST:
-                    kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
-                    raise UnsupportedError(
-                        f"attribute {attribute.name} of {node.op_type} {node.name} is a {kind}",
-                        where=path,
-                        fix="export the model without it",
-                    )
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and its subgraphs at all depths."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
-
-
-def _write_once(graph: onnx.GraphProto, shared: set[str]) -> None:
-    """Move constants of the main graph, which graphsurgeon copies into subgraphs, back to it."""
-    main = {t.name: t for t in graph.initializer}
-    for inner in _graphs(graph):
-        for index in reversed(range(len(inner.initializer) if inner is not graph else 0)):
-            tensor = inner.initializer[index]
-            if tensor.name in shared and tensor.name not in main:
-                graph.initializer.append(tensor)
-                main[tensor.name] = graph.initializer[-1]
-            if tensor.name in shared and main[tensor.name] == tensor:
-                del inner.initializer[index]
-
-
-def _dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
-    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-    dense = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        dense.reshape(-1)[indices] = values
-    else:
-        dense[tuple(indices.T)] = values
-    return dense
-
-
-# graphsurgeon leaves them out with no more than a line in the log
-_LOST = {
-    getattr(onnx.AttributeProto, kind + plural)
-    for kind in ("SPARSE_TENSOR", "TYPE_PROTO", "TENSOR", "GRAPH")
-    for plural in ("", "S")
-} - {onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH}
-
-
-def _remember(proto: onnx.ModelProto) -> _Extras:
-    # Before IR 4 every initializer had to be an input, too: that says nothing about the model.
-    constants = {t.name for t in proto.graph.initializer if proto.ir_version >= 4}
-    return _Extras(
-        ir_version=proto.ir_version,
-        producer=(proto.producer_name, proto.producer_version),
-        domain=proto.domain,
-        model_version=proto.model_version,
-        doc_string=proto.doc_string,
-        metadata={p.key: p.value for p in proto.metadata_props},
-        graph_metadata={p.key: p.value for p in proto.graph.metadata_props},
-        nodes={
-            n.name: (n.doc_string, {p.key: p.value for p in n.metadata_props})
-            for n in proto.graph.node
-            if n.name and (n.doc_string or n.metadata_props)
-        },
-        initializer_inputs={i.name: i for i in proto.graph.input if i.name in constants},
-        no_tensors={
-            i.name: i
-            for i in (*proto.graph.input, *proto.graph.output)
-            if i.type.WhichOneof("value") not in (None, "tensor_type")
-        },
-        constants={t.name for t in proto.graph.initializer}
-        | {n.output[0] for n in proto.graph.node if n.op_type == "Constant"},
-        annotations=list(proto.graph.quantization_annotation),
-    )
-
-
-def _restore(proto: onnx.ModelProto, extras: _Extras) -> None:
-    opsets = [o for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-    needed = max((_ir_version(o.version) for o in opsets), default=4)
-    # From IR 4 on, initializers need not be inputs too; new ones are not.
-    proto.ir_version = max(extras.ir_version, needed, 4)
-    proto.producer_name, proto.producer_version = extras.producer
-    proto.domain, proto.model_version = extras.domain, extras.model_version
-    proto.doc_string = extras.doc_string
-    onnx.helper.set_model_props(proto, extras.metadata)
-    for key, value in extras.graph_metadata.items():
-        proto.graph.metadata_props.add(key=key, value=value)
-    _write_once(proto.graph, extras.constants)
-    for node in proto.graph.node:
-        doc, props = extras.nodes.get(node.name, ("", {}))
-        if doc:
-            node.doc_string = doc
-        for key, value in props.items():
-            node.metadata_props.add(key=key, value=value)
-    kinds = {t.name: (t.data_type, tuple(t.dims)) for t in proto.graph.initializer}
-    for name, info in extras.initializer_inputs.items():
-        kind = info.type.tensor_type
-        if kinds.get(name) == (kind.elem_type, tuple(d.dim_value for d in kind.shape.dim)):
-            proto.graph.input.append(info)
-    for info in (*proto.graph.input, *proto.graph.output):
-        if info.name in extras.no_tensors:
-            info.CopyFrom(extras.no_tensors[info.name])
-    present = {t for n in proto.graph.node for t in (*n.input, *n.output)}
-    proto.graph.quantization_annotation.extend(
-        a for a in extras.annotations if a.tensor_name in present
-    )
-
-
-def _ir_version(opset: int) -> int:
-    table: dict[tuple[str, int], int] = onnx.helper.OP_SET_ID_VERSION_MAP
-    newest = max(v for (domain, _), v in table.items() if domain == "ai.onnx")
-    return table.get(("ai.onnx", opset), newest)
