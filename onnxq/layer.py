@@ -9,7 +9,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq import ops
-from onnxq.errors import ModelError
+from onnxq.errors import ModelError, UnsupportedError
 
 if TYPE_CHECKING:
     from onnxq.model import Model
@@ -97,6 +97,32 @@ class Layer:
         return ops.channel_axis(self.op, self.node.attrs, shape, self.side)
 
     @property
+    def output_channels(self) -> int:
+        """Number of output channels."""
+        shape = self.weight_tensor.shape
+        if self.op == "ConvTranspose":
+            return int(shape[1]) * self.group
+        return int(shape[self.channel_axis])
+
+    @property
+    def input_channels(self) -> int:
+        """Number of input channels."""
+        shape = self.weight_tensor.shape
+        if self.op == "Conv":
+            return int(shape[1]) * self.group
+        return int(shape[0] if self.op == "ConvTranspose" else shape[1 - self.channel_axis])
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether it is a Conv that reads zeros beyond the border of its input."""
+        attrs = self.node.attrs
+        if self.op != "Conv":
+            return False
+        if attrs.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
+            return any(size > 1 for size in self.weight_tensor.shape[2:])
+        return attrs.get("auto_pad", "NOTSET") == "NOTSET" and any(attrs.get("pads", ()))
+
+    @property
     def bias_tensor(self) -> gs.Tensor | None:
         """The bias input; None where there is none."""
         index = ops.bias_input(self.op)
@@ -140,6 +166,97 @@ class Layer:
             self.node.inputs.append(new)
         else:
             self.node.inputs[index] = new
+
+    def take_bias(self) -> np.ndarray:
+        """The bias as it is added, float64; zeros of shape [1] where there is none.
+
+        Takes a Gemm's beta into it **and off the node**: give the layer the result, or what was
+        made of it, by `set_bias`.
+        """
+        beta = float(self.node.attrs.pop("beta", 1.0))
+        return np.zeros(1) if self.bias is None else self.bias.astype(np.float64) * beta
+
+    # ------------------------------------------------------------------ channels of the weight
+
+    @property
+    def unscalable(self) -> str | None:
+        """Why the channels of the weight cannot be scaled; None where they can."""
+        if self.side != 1:
+            return f"the weight of {self.name} is on the left"
+        if self.weight.dtype.kind != "f":
+            return f"the weight of {self.name} is not in floating point"
+        if self.op == "MatMul" and self.weight.ndim != 2:
+            return f"the weight of {self.name} is not a matrix"
+        if self.bias_tensor is not None and self.bias is None:
+            return f"the bias of {self.name} is computed"
+        return None
+
+    def along_outputs(self, values: np.ndarray) -> np.ndarray:
+        """One value per output channel, in a shape that broadcasts over the weight."""
+        if self.op == "ConvTranspose":  # [I, O/g, ...]: the rows of a group belong to its outputs
+            return self._per_group(values)
+        axis, rank = self.channel_axis, len(self.weight_tensor.shape)
+        return values.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+    def along_inputs(self, values: np.ndarray) -> np.ndarray:
+        """One value per input channel, in a shape that broadcasts over the weight.
+
+        Args:
+            values: As many as there are input channels; of a matrix fewer, too, where a Flatten
+                before it made several neighbouring inputs of each channel.
+        """
+        if self.op == "Conv":  # [O, I/g, ...]: the rows of a group read its inputs
+            return self._per_group(values)
+        if self.op == "ConvTranspose":
+            return values.reshape(-1, *[1] * (len(self.weight_tensor.shape) - 1))
+        rows = np.repeat(values, self.input_channels // values.size)
+        return rows[None, :] if self.channel_axis == 0 else rows[:, None]
+
+    def _per_group(self, values: np.ndarray) -> np.ndarray:
+        """Values of the second axis, which differ from group to group of the first."""
+        shape, group = self.weight_tensor.shape, self.group
+        rows = np.repeat(values.reshape(group, -1), shape[0] // group, axis=0)
+        return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
+
+    def sum_over_inputs(self, products: np.ndarray) -> np.ndarray:
+        """The sum of an array like the weight over all but the output channels, [O]."""
+        if self.op == "ConvTranspose":
+            groups = products.reshape(self.group, -1, *products.shape[1:])
+            axes = (1, *range(3, groups.ndim))
+            return np.asarray(groups.sum(axis=axes)).reshape(-1)
+        axes = tuple(i for i in range(products.ndim) if i != self.channel_axis)
+        return np.asarray(products.sum(axis=axes))
+
+    def scale_outputs(self, scale: np.ndarray) -> None:
+        """Multiply each output channel by a factor: weight and bias, in float64.
+
+        Args:
+            scale: One factor per output channel.
+
+        Raises:
+            UnsupportedError: `unscalable` says why.
+        """
+        weight = self._scalable_weight()
+        self.set_weight((weight * self.along_outputs(scale)).astype(self.weight.dtype))
+        if self.bias is not None:
+            self.set_bias((self.take_bias() * scale).astype(self.weight.dtype))
+
+    def scale_inputs(self, scale: np.ndarray) -> None:
+        """Multiply what the weight takes of each input channel by a factor, in float64.
+
+        Args:
+            scale: One factor per input channel, or as `along_inputs` allows.
+
+        Raises:
+            UnsupportedError: `unscalable` says why.
+        """
+        weight = self._scalable_weight()
+        self.set_weight((weight * self.along_inputs(scale)).astype(self.weight.dtype))
+
+    def _scalable_weight(self) -> np.ndarray:
+        if why := self.unscalable:
+            raise UnsupportedError(why)
+        return self.weight.astype(np.float64)
 
     def _replacement(self, old: gs.Tensor, values: np.ndarray) -> gs.Constant:
         if len(old.outputs) > 1 or self.model.is_output(old):

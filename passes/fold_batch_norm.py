@@ -171,15 +171,15 @@ class _Branch:
             return f"before it is {_described(node)}"
         if why := _read_twice(model, tensor) or _read_twice(model, before):
             return why
-        if why := _unfit(layer):
+        if why := layer.unscalable:
             return why
         if layer.op == "MatMul" and rank != 2:
             return f"the last axis of {layer.name} is not known to be the channel axis"
         if add is None:
             return cls(layer, tensor)
         constant, axes = model.array(add.inputs[_constant_input(add)]), layer.weight.ndim
-        shape = (1,) * (axes - constant.ndim) + constant.shape
-        if len(shape) > axes or shape[1] not in (1, _outputs(layer)) or constant.size != shape[1]:
+        shape, channels = (1,) * (axes - constant.ndim) + constant.shape, layer.output_channels
+        if len(shape) > axes or shape[1] not in (1, channels) or constant.size != shape[1]:
             return f"{add.name} adds more than one constant per channel"
         return cls(layer, tensor, add, constant.astype(np.float64).reshape(-1))
 
@@ -224,7 +224,7 @@ class _Folder:
             if isinstance(branch, str):
                 return inside + branch
             branches.append(branch)
-        ends = np.cumsum([_outputs(b.layer) for b in branches])
+        ends = np.cumsum([b.layer.output_channels for b in branches])
         if ends[-1] != norm.scale.size:
             return "it has not as many channels as what comes before it"
         gamma, beta = norm.statistics.gamma, norm.statistics.beta
@@ -251,7 +251,7 @@ class _Folder:
                 if layer is None:
                     return f"after it is {_described(node)}"
                 rank = _rank(norm.x) if flat is None else 2
-                if why := _unfit(layer) or _unfit_input(layer, tensor, norm, rank):
+                if why := layer.unscalable or _unfit_input(layer, tensor, norm, rank):
                     return why
                 found.append(layer)
         if self.model.is_output(norm.y):
@@ -286,30 +286,27 @@ class _Folder:
     # ------------------------------------------------------------------ edits
 
     def _scale_outputs(self, branch: _Branch, scale: np.ndarray, shift: np.ndarray) -> None:
-        layer, weight = branch.layer, branch.layer.weight
-        layer.set_weight((weight * _along_outputs(layer, scale)).astype(weight.dtype))
-        if layer.op != "MatMul" and layer.bias is not None:
-            layer.set_bias((_plain_bias(layer) * scale).astype(weight.dtype))
+        layer = branch.layer
+        layer.scale_outputs(scale)
         if branch.add is not None and branch.constant is not None:
             shift = shift + scale * branch.constant
-            self._set_constant(branch.add, shift.reshape(-1, *[1] * (weight.ndim - 2)))
+            self._set_constant(branch.add, shift.reshape(-1, *[1] * (layer.weight.ndim - 2)))
         elif shift.any():
             self._add_bias(layer, shift)
 
     def _scale_inputs(self, layer: Layer, scale: np.ndarray, shift: np.ndarray) -> None:
-        weight = layer.weight.astype(np.float64)
         if shift.any():
-            extra = _summed(layer, weight * _along_inputs(layer, shift))
+            weight = layer.weight.astype(np.float64)
+            extra = layer.sum_over_inputs(weight * layer.along_inputs(shift))
             self._add_bias(layer, extra * float(layer.node.attrs.get("alpha", 1.0)))
-        scaled = weight * _along_inputs(layer, scale)
-        layer.set_weight(scaled.astype(layer.weight.dtype))
+        layer.scale_inputs(scale)
 
     def _add_bias(self, layer: Layer, extra: np.ndarray) -> None:
         """Add a constant per channel to what a layer puts out; for a MatMul by an Add after it."""
         model, node, y = self.model, layer.node, layer.y
         dtype = layer.weight.dtype
         if layer.op != "MatMul":
-            layer.set_bias((_plain_bias(layer) + extra).astype(dtype))
+            layer.set_bias((layer.take_bias() + extra).astype(dtype))
             return
         after = y.outputs[0] if len(y.outputs) == 1 and not model.is_output(y) else None
         if after is not None and after.op == "Add" and _standard(after) and id(after) in self._main:
@@ -368,40 +365,20 @@ def _read_twice(model: Model, tensor: gs.Tensor) -> str | None:
     return None
 
 
-def _unfit(layer: Layer) -> str | None:
-    """Why the parameters of a layer cannot be scaled."""
-    if layer.side != 1:
-        return f"the weight of {layer.name} is on the left"
-    if layer.weight.dtype.kind != "f":
-        return f"the weight of {layer.name} is not in floating point"
-    if layer.op == "MatMul" and layer.weight.ndim != 2:
-        return f"the weight of {layer.name} is not a matrix"
-    if layer.op != "MatMul" and layer.bias_tensor is not None and layer.bias is None:
-        return f"the bias of {layer.name} is computed"
-    return None
-
-
 def _unfit_input(layer: Layer, tensor: gs.Tensor, norm: _Norm, rank: int | None) -> str | None:
     """Why the input channels of a layer cannot take up the scale and shift."""
     if sum(t is tensor for t in layer.node.inputs) != 1 or layer.x is not tensor:
         return f"{layer.name} reads it as a parameter"
     if layer.node.attrs.get("transA", 0) or (layer.op == "MatMul" and rank != 2):
         return f"the last axis of {layer.name} is not known to be the channel axis"
-    inputs, channels = _inputs(layer), norm.scale.size
+    inputs, channels = layer.input_channels, norm.scale.size
     if inputs % channels or (inputs != channels and "Conv" in layer.op):
         return f"it has not as many channels as {layer.name} reads"
     if norm.shift.any() and layer.op == "ConvTranspose":
         return f"the border that {layer.name} puts out would change"
-    if norm.shift.any() and layer.op == "Conv" and _is_padded(layer):
+    if norm.shift.any() and layer.is_padded:
         return f"the zero-padded border of {layer.name} would change"
     return None
-
-
-def _is_padded(layer: Layer) -> bool:
-    attrs = layer.node.attrs
-    if attrs.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
-        return any(size > 1 for size in layer.weight.shape[2:])
-    return attrs.get("auto_pad", "NOTSET") == "NOTSET" and any(attrs.get("pads", ()))
 
 
 def _is_flatten(node: gs.Node) -> bool:
@@ -428,57 +405,3 @@ def _rank(tensor: gs.Tensor) -> int | None:
 
 def _constant_input(add: gs.Node) -> int | None:
     return next((i for i, t in enumerate(add.inputs) if isinstance(t, gs.Constant)), None)
-
-
-# ---------------------------------------------------------------------- channels of a weight
-
-
-def _outputs(layer: Layer) -> int:
-    """Number of output channels."""
-    shape = layer.weight_tensor.shape
-    if layer.op == "ConvTranspose":
-        return int(shape[1]) * layer.group
-    return int(shape[layer.channel_axis])
-
-
-def _inputs(layer: Layer) -> int:
-    """Number of input channels."""
-    shape = layer.weight_tensor.shape
-    if layer.op == "Conv":
-        return int(shape[1]) * layer.group
-    return int(shape[0] if layer.op == "ConvTranspose" else shape[1 - layer.channel_axis])
-
-
-def _along_outputs(layer: Layer, values: np.ndarray) -> np.ndarray:
-    """One value per output channel, in a shape that broadcasts over the weight."""
-    shape, group = layer.weight_tensor.shape, layer.group
-    if layer.op == "ConvTranspose":  # [I, O/g, ...]: the rows of a group belong to its outputs
-        rows = np.repeat(values.reshape(group, -1), shape[0] // group, axis=0)
-        return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
-    axis = layer.channel_axis
-    return values.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-
-
-def _along_inputs(layer: Layer, values: np.ndarray) -> np.ndarray:
-    """One value per input channel, in a shape that broadcasts over the weight."""
-    shape, group = layer.weight_tensor.shape, layer.group
-    if layer.op == "Conv":  # [O, I/g, ...]: the rows of a group read its inputs
-        rows = np.repeat(values.reshape(group, -1), shape[0] // group, axis=0)
-        return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
-    if layer.op == "ConvTranspose":
-        return values.reshape(-1, *[1] * (len(shape) - 1))
-    # behind a Flatten, each channel fills as many rows as it has positions
-    rows = np.repeat(values, _inputs(layer) // values.size)
-    return rows[None, :] if layer.channel_axis == 0 else rows[:, None]
-
-
-def _summed(layer: Layer, products: np.ndarray) -> np.ndarray:
-    """The sum over everything but the output channels."""
-    axes = tuple(i for i in range(products.ndim) if i != layer.channel_axis)
-    return np.asarray(products.sum(axis=axes))
-
-
-def _plain_bias(layer: Layer) -> np.ndarray:
-    """The bias as it is added, in float64: a Gemm's beta goes into it."""
-    beta = float(layer.node.attrs.pop("beta", 1.0))
-    return np.zeros(1) if layer.bias is None else layer.bias.astype(np.float64) * beta

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxq import model_io
 from onnxq.encoding import Encoding
 from onnxq.errors import ModelError, UnsupportedError
-from onnxq.model import BatchNormStatistics, Layer, Model, load, rewire
+from onnxq.model import BatchNormStatistics, Model, load, rewire
 from tests import models
 from tests.checks import assert_same_function, ops, run
 
@@ -468,82 +468,6 @@ def test_outputs_without_shape_are_inferred(tmp_path):
 
 
 # ---------------------------------------------------------------------- editing
-
-
-def test_shared_parameters_are_copied():
-    model = load(models.parse(CONVS))
-    first, second = model.layers()
-    assert not first.owns_params
-    old = first.bias
-    first.set_bias(old + 1)
-    np.testing.assert_array_equal(second.bias, old)
-    np.testing.assert_array_equal(first.bias, old + 1)
-    assert first.owns_params
-    assert first.bias_tensor.name == "b.first"
-    second.set_bias(old - 1)
-    assert second.bias_tensor.name == "b"
-    model.check()
-
-
-def test_weights_that_are_outputs_are_copied():
-    proto = models.parse(DENSE)
-    proto.graph.output.append(info("w", [4, 6]))
-    model = load(proto)
-    [layer] = model.layers()
-    old = layer.weight
-    layer.set_weight(0 * old)
-    layer.set_bias(layer.bias)
-    outputs = run(model, {"x": np.ones((1, 4), np.float32)})
-    np.testing.assert_array_equal(outputs["w"], old)
-    np.testing.assert_array_equal(outputs["y"][0], layer.bias)
-
-
-def test_bias_where_there_is_none():
-    model = load(models.parse(DENSE.replace("w, b)", "w)")))
-    [layer] = model.layers()
-    assert layer.bias is None
-    layer.set_bias(np.ones(6, np.float32))
-    assert layer.bias_tensor.name == "Gemm_0.bias"
-    model.check()
-
-
-def test_bias_in_place_of_a_computed_one():
-    model = load(
-        models.parse(DENSE.replace("{ y = Gemm (x, w, b)", "{ c = Abs (b) y = Gemm (x, w, c)"))
-    )
-    [layer] = model.layers()
-    assert layer.bias is None
-    layer.set_bias(np.ones(6, np.float32))
-    model.check()
-    run(model, {"x": np.ones((1, 4), np.float32)})
-
-
-def test_matmul_takes_no_bias():
-    model = load(models.parse("g (float[N,4] x) => (float[N,6] y) <float[4,6] w> {y=MatMul(x,w)}"))
-    with pytest.raises(ModelError, match="MatMul takes no bias"):
-        model.layers()[0].set_bias(np.ones(6, np.float32))
-
-
-@pytest.mark.parametrize(
-    ("body", "side", "axis"),
-    [
-        ("y = MatMul (x, w)", 1, 1),
-        ("y = MatMul (w, x)", 0, 0),
-        ("y = Gemm (x, w)", 1, 1),
-        ("y = Gemm <transB=1> (x, w)", 1, 0),
-        ("y = Gemm (w, x)", 0, 0),
-        ("y = Gemm <transA=1> (w, x)", 0, 1),
-        ("y = MatMul (x, x)", None, None),
-        ("v = Abs (w) y = MatMul (x, v)", None, None),
-    ],
-)
-def test_layers(body, side, axis):
-    model = load(models.parse(f"g (float[4,4] x) => (float[4,4] y) <float[4,4] w> {{ {body} }}"))
-    layer = Layer.of(model, model.graph.nodes[-1])
-    assert (layer and layer.side) == side
-    assert (layer and layer.channel_axis) == axis
-    if layer:
-        assert layer.x.name == "x"
 
 
 def test_array_wants_a_constant():
