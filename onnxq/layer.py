@@ -227,6 +227,18 @@ class Layer:
         axes = tuple(i for i in range(products.ndim) if i != self.channel_axis)
         return np.asarray(products.sum(axis=axes))
 
+    @property
+    def magnitudes(self) -> np.ndarray:
+        """Largest magnitude of the weight per output and input channel, float64 [O, I / group]."""
+        weight = np.abs(self.weight.astype(np.float64))
+        if "Conv" not in self.op:
+            return np.asarray(weight if self.channel_axis == 0 else weight.T)
+        weight = weight.max(axis=tuple(range(2, weight.ndim)), initial=0.0)
+        if self.op == "Conv":
+            return np.asarray(weight)
+        grouped = weight.reshape(self.group, -1, weight.shape[1]).transpose(0, 2, 1)
+        return np.asarray(grouped.reshape(self.output_channels, -1))
+
     def scale_outputs(self, scale: np.ndarray) -> None:
         """Multiply each output channel by a factor: weight and bias, in float64.
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from onnxq.passes.bias_correction import BiasCorrection
     from onnxq.passes.calibrate import Calibrate
     from onnxq.passes.clean import Clean
+    from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
     from onnxq.passes.gate_equalization import GateEqualization
     from onnxq.passes.gptq import GPTQ
@@ -24,6 +25,7 @@ __all__ = [
     "BiasCorrection",
     "Calibrate",
     "Clean",
+    "CrossLayerEqualization",
     "FoldBatchNorm",
     "GateEqualization",
     "InsertQDQ",
@@ -34,6 +36,7 @@ __all__ = [
 PASSES = {
     "clean": "onnxq.passes.clean:Clean",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
+    "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",

@@ -1,0 +1,259 @@
+"""Even out the channels of neighbouring layers without changing the function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from onnxq.coupling import Ceiling, Coupling, Side, couple
+from onnxq.kernels import equalize as kernels
+from onnxq.model import BatchNormStatistics, Layer, Model
+from onnxq.pass_manager import Changes, Context
+
+__all__ = ["CrossLayerEqualization"]
+
+# Without samples, a channel is taken to stay within so many standard deviations of its mean.
+DEVIATIONS = 6.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossLayerEqualization:
+    r"""Scale channels so that the weights of the layers on both sides have equal ranges.
+
+    Relu and its like let a positive factor through, f(s x) = s f(x), so a channel may be divided
+    by s where it is put out and multiplied by s where it is read::
+
+        Conv(W1, b1) -> Relu -> Conv(W2)   =   Conv(W1 / s, b1 / s) -> Relu -> Conv(W2 s)
+
+        s_i = sqrt(max |W1[i, :]| / max |W2[:, i]|),   over and over until nothing moves
+
+    Each magnitude counts as a share of the largest of its layer.  What hangs together is scaled
+    together: depthwise convolutions take a scale in and give one out, residual additions tie the
+    channels of everything that they add, Concat and Split pass each channel on, and constants that
+    are added are scaled along.  Channels go through Relu, LeakyRelu, PRelu, pooling, padding with
+    zeros, Resize, Flatten and reductions over positions.
+
+    A Clip from 0 to a bound (ReLU6) is kept exactly::
+
+        Clip(0, 6)   =>   Relu -> Min(6 / s)         a bound per channel
+        Clip(0, 6)   =>   Relu                       where no channel reaches the bound
+
+    Refused, with the reason: channels that something else reads (Sigmoid, an output of the model,
+    a subgraph), shared or computed weights.
+
+    Args:
+        ceilings: What becomes of Clip(0, bound): "exact" as above; "keep" leaves it and the
+            channels that go through it alone.
+        sweeps: At most so many rounds over the layers.
+        tolerance: Stop when no scale moves by more than this, as |log s|.
+        largest: Scales stay between 1 / largest and largest, which bounds those of channels that
+            are nearly dead.
+
+    Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.1.
+    """
+
+    name: ClassVar[str] = "cross-layer-equalization"
+
+    ceilings: Literal["exact", "keep"] = "exact"
+    sweeps: int = 1000
+    tolerance: float = 1e-3
+    largest: float = 1e4
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Scale weights, biases, bounds and what is known of the channels."""
+        changes = Changes()
+        coupling = couple(model)
+        if self.ceilings == "keep":
+            for ceiling in coupling.ceilings:
+                why = f"it goes through {ceiling.node.name} ({ceiling.node.op})"
+                coupling.fixed.update(dict.fromkeys(ceiling.classes.tolist(), why))
+        scale, sweeps = self._solve(coupling)
+        moved = np.abs(np.log(scale)) > self.tolerance
+        for name, why in coupling.refused.items():
+            changes.skip(name, why)
+        for side in coupling.outputs:
+            if why := coupling.reason(side.classes):
+                changes.skip(side.layer.name, why)
+        if not moved.any():
+            return changes
+        rewrite = _Rewrite(model, coupling, np.where(moved, scale, 1.0), changes)
+        tops = _tops(model, coupling.ceilings, ctx)
+        rewrite.layers()
+        rewrite.constants()
+        rewrite.ceilings(tops)
+        rewrite.batch_norms()
+        pairs = sum(bool(moved[s.classes].any()) for s in coupling.outputs)
+        changes.add(f"channels of {pairs} layers scaled, {sweeps} sweeps")
+        return changes
+
+    def _solve(self, coupling: Coupling) -> tuple[np.ndarray, int]:
+        scale = np.ones(coupling.count)
+        packed = _Packed.of(coupling)
+        if packed is None:
+            return scale, 0
+        sweeps = kernels.equalize(
+            packed.weights,
+            packed.layers,
+            packed.classes,
+            packed.members,
+            packed.sites,
+            coupling.is_fixed(np.arange(coupling.count)),
+            scale,
+            self.sweeps,
+            self.tolerance,
+            self.largest,
+        )
+        return scale, sweeps
+
+
+@dataclass(frozen=True, eq=False)
+class _Packed:
+    """The layers as the kernel takes them."""
+
+    weights: np.ndarray
+    layers: np.ndarray
+    classes: np.ndarray
+    members: np.ndarray
+    sites: np.ndarray
+
+    @classmethod
+    def of(cls, coupling: Coupling) -> _Packed | None:
+        """Pack the layers; None if there is no class that one puts out and another reads."""
+        sites = _sites(coupling)
+        if not sites:
+            return None
+        nodes: dict[int, Layer] = {}
+        for side in (*coupling.outputs, *coupling.inputs):
+            nodes.setdefault(id(side.layer.node), side.layer)
+        index = {key: i for i, key in enumerate(nodes)}
+        table = np.full((len(nodes), 6), -1, np.int64)
+        weights, classes, start, offset = [], [], 0, 0
+        for i, layer in enumerate(nodes.values()):
+            matrix = layer.magnitudes
+            per_group = layer.output_channels // layer.group
+            table[i, :4] = start, *matrix.shape, per_group
+            weights.append(np.ascontiguousarray(matrix).reshape(-1))
+            start += matrix.size
+        for column, sides in ((4, coupling.outputs), (5, coupling.inputs)):
+            for side in sides:
+                table[index[id(side.layer.node)], column] = offset
+                classes.append(side.classes)
+                offset += side.classes.size
+        members = [(index[id(s.layer.node)], role) for site in sites for s, role in site]
+        ends = np.cumsum([0, *map(len, sites)])
+        return cls(
+            np.concatenate(weights),
+            table,
+            np.concatenate(classes).astype(np.int64),
+            np.array(members, np.int64),
+            ends.astype(np.int64),
+        )
+
+
+def _sites(coupling: Coupling) -> list[list[tuple[Side, int]]]:
+    """Sides that share a class, put together; those without both roles left out."""
+    sides = [*((s, 0) for s in coupling.outputs), *((s, 1) for s in coupling.inputs)]
+    parent = [*range(coupling.count)]
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for side, _ in sides:
+        first = root(int(side.classes[0])) if side.classes.size else 0
+        for c in side.classes.tolist():
+            parent[root(c)] = first
+    found: dict[int, list[tuple[Side, int]]] = {}
+    for side, role in sides:
+        if side.classes.size:
+            found.setdefault(root(int(side.classes[0])), []).append((side, role))
+    return [site for site in found.values() if len({role for _, role in site}) == 2]
+
+
+class _Rewrite:
+    """Scales everything that a class of channels touches."""
+
+    def __init__(
+        self, model: Model, coupling: Coupling, scale: np.ndarray, changes: Changes
+    ) -> None:
+        self.model = model
+        self.coupling = coupling
+        self.scale = scale
+        self.changes = changes
+
+    def _moves(self, classes: np.ndarray) -> bool:
+        return bool((self.scale[classes] != 1.0).any())
+
+    def layers(self) -> None:
+        for side in self.coupling.outputs:
+            if self._moves(side.classes):
+                side.layer.scale_outputs(1.0 / self.scale[side.classes])
+        for side in self.coupling.inputs:
+            if self._moves(side.classes):
+                side.layer.scale_inputs(self.scale[side.classes])
+
+    def constants(self) -> None:
+        for constant in self.coupling.constants:
+            if self._moves(constant.classes):
+                old = self.model.array(constant.node.inputs[constant.index])
+                by = self.scale[constant.classes].reshape(constant.shape)
+                values = (old.astype(np.float64) / by).astype(old.dtype)
+                name = f"{constant.node.name}.constant"
+                constant.node.inputs[constant.index] = self.model.constant(name, values)
+
+    def ceilings(self, tops: dict[str, np.ndarray]) -> None:
+        """Relu with a bound per channel for each Clip; `tops`: how high its channels get."""
+        added = []
+        for ceiling in self.coupling.ceilings:
+            if not self._moves(ceiling.classes):
+                continue
+            node, top = ceiling.node, tops.get(ceiling.node.name)
+            while len(node.inputs) > 1:
+                node.inputs.pop()
+            node.op, node.attrs = "Relu", {}
+            if top is not None and (top < ceiling.bound).all():
+                self.changes.add(f"{node.name}: Relu, no channel reaches {ceiling.bound:g}")
+                continue
+            added.append(self._minimum(ceiling, ceiling.bound / self.scale[ceiling.classes]))
+            self.changes.add(f"{node.name}: {ceiling.bound:g} became a bound per channel")
+        self.model.insert(added)
+
+    def _minimum(self, ceiling: Ceiling, bounds: np.ndarray) -> gs.Node:
+        node, result = ceiling.node, ceiling.node.outputs[0]
+        before = self.model.variable(f"{result.name}.relu", result.dtype, result.shape)
+        node.outputs[0] = before
+        shape = (-1, *[1] * (ceiling.rank - 2))
+        constant = self.model.constant(
+            f"{node.name}.bounds", bounds.astype(np.float32).reshape(shape)
+        )
+        return gs.Node("Min", f"{node.name}.min", {}, [before, constant], [result])
+
+    def batch_norms(self) -> None:
+        for name, known in self.model.batch_norms.items():
+            classes = self.coupling.tensors.get(name)
+            if classes is not None and classes.size == known.gamma.size:
+                by = self.scale[classes]
+                self.model.batch_norms[name] = BatchNormStatistics(
+                    (known.gamma / by).astype(np.float32), (known.beta / by).astype(np.float32)
+                )
+
+
+def _tops(model: Model, ceilings: Sequence[Ceiling], ctx: Context) -> dict[str, np.ndarray]:
+    """How high the channels get before each Clip: on the samples, or else by batch statistics."""
+    found = {}
+    if ctx.data is not None:
+        names = {c.node.inputs[0].name: c.node.name for c in ceilings}
+        for name, (_, high) in ctx.channel_ranges(model, [*names]).items():
+            found[names[name]] = high
+        return found
+    for ceiling in ceilings:
+        known = model.batch_norms.get(ceiling.node.inputs[0].name)
+        if known is not None:
+            found[ceiling.node.name] = known.beta + DEVIATIONS * np.abs(known.gamma)
+    return found
