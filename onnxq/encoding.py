@@ -7,13 +7,12 @@ made with the float32 value that is stored.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, did_you_mean
 from onnxq.kernels import quantize as kernels
 
 __all__ = ["DTYPES", "Encoding", "Encodings", "Format"]
@@ -60,8 +59,8 @@ class Format:
             return text
         dtype, _, rest = text.strip().lower().partition("/")
         if dtype not in DTYPES and dtype != "float":
-            near = difflib.get_close_matches(dtype, [*DTYPES, "float"], 1)
-            hint = f"did you mean {near[0]}?" if near else f"types are {', '.join(DTYPES)}, float"
+            types = [*DTYPES, "float"]
+            hint = did_you_mean(dtype, types, f"types are {', '.join(types)}")
             raise RecipeError(f"no number format {text!r}", fix=hint)
         granularity, _, size = (rest or "tensor").partition("=")
         sized = granularity == "block"

@@ -61,8 +61,7 @@ class BiasCorrection:
         return changes
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
-        encodings = layer.model.encodings
-        if layer.name in encodings.float_nodes or layer.weight_tensor.name not in encodings:
+        if layer.weight_encoding is None:
             return False
         if layer.op == "MatMul":
             changes.skip(layer.name, "MatMul takes no bias")

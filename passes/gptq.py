@@ -77,8 +77,7 @@ class GPTQ:
         return changes
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
-        encodings = layer.model.encodings
-        if layer.name in encodings.float_nodes or layer.weight_tensor.name not in encodings:
+        if layer.weight_encoding is None:
             return False
         if not supports(layer):
             changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")
