@@ -18,54 +18,42 @@ def quantize(
     qmin: int,
     qmax: int,
     *,
-    axis: int | None = None,
     dtype: DTypeLike = np.int32,
 ) -> np.ndarray:
     """Round x / scale half to even, add the zero point, saturate.
 
     Args:
         x: Any shape; taken as float32, and without NaN.
-        scale: float32, above 0; shape [] or, with an axis, [x.shape[axis]]. Without an axis any
-            shape that broadcasts against x, for blocks.
-        zero_point: Integers; the shape of the scale, or [].
+        scale: float32, above 0; any shape that broadcasts against x.
+        zero_point: Integers; any shape that broadcasts against x.
         qmin: Least integer, at least -2**31.
         qmax: Greatest integer, below 2**31.
-        axis: Axis of x along which scale and zero point vary.
         dtype: Type of the result.
 
     Returns:
         Integers from qmin to qmax, of the shape of x.
     """
-    zero = _along(np.asarray(zero_point, np.int32), axis, x.ndim)
-    steps = _steps(x, _along(np.asarray(scale, np.float32), axis, x.ndim), zero, qmin, qmax)
-    q: np.ndarray = steps.astype(np.int32)
+    zero = np.asarray(zero_point, np.int32)
+    steps = _steps(x, np.asarray(scale, np.float32), zero, qmin, qmax)
+    q: np.ndarray = steps.astype(np.int32 if steps.dtype == np.float32 else np.int64)
     q += zero
     return q.astype(dtype, copy=False)
 
 
-def dequantize(
-    q: np.ndarray, scale: ArrayLike, zero_point: ArrayLike, *, axis: int | None = None
-) -> np.ndarray:
+def dequantize(q: np.ndarray, scale: ArrayLike, zero_point: ArrayLike) -> np.ndarray:
     """(q - zero point) * scale as float32; the arguments are those of `quantize`."""
-    steps: np.ndarray = q.astype(np.int32)
-    steps -= _along(np.asarray(zero_point, np.int32), axis, q.ndim)
+    steps: np.ndarray = q.astype(np.int32 if q.dtype.itemsize < 4 else np.int64)
+    steps -= np.asarray(zero_point, np.int32)
     x: np.ndarray = steps.astype(np.float32)
-    x *= _along(np.asarray(scale, np.float32), axis, q.ndim)
+    x *= np.asarray(scale, np.float32)
     return x
 
 
 def fake_quantize(
-    x: np.ndarray,
-    scale: ArrayLike,
-    zero_point: ArrayLike,
-    qmin: int,
-    qmax: int,
-    *,
-    axis: int | None = None,
+    x: np.ndarray, scale: ArrayLike, zero_point: ArrayLike, qmin: int, qmax: int
 ) -> np.ndarray:
     """What `dequantize` makes of `quantize`, to the bit, without the integers between."""
-    scale = _along(np.asarray(scale, np.float32), axis, x.ndim)
-    zero = _along(np.asarray(zero_point, np.int32), axis, x.ndim)
+    scale, zero = np.asarray(scale, np.float32), np.asarray(zero_point, np.int32)
     steps = _steps(x, scale, zero, qmin, qmax)
     steps += 0.0  # integers know no negative zero
     x_hat: np.ndarray = steps.astype(np.float32, copy=False)
@@ -83,12 +71,3 @@ def _steps(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, qmin: int, qmax: 
         steps = steps.astype(np.float64)
     np.clip(steps, low.astype(steps.dtype), high.astype(steps.dtype), out=steps)
     return steps
-
-
-def _along(values: np.ndarray, axis: int | None, ndim: int) -> np.ndarray:
-    """Values of one axis, shaped to broadcast."""
-    if axis is None or values.ndim == 0:
-        return values
-    shape = [1] * ndim
-    shape[axis] = -1
-    return values.reshape(shape)

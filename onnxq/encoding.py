@@ -7,13 +7,13 @@ made with the float32 value that is stored.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, did_you_mean
+from onnxq.kernels import quantize as kernels
 
 __all__ = ["DTYPES", "Encoding", "Encodings", "Format"]
 
@@ -59,8 +59,8 @@ class Format:
             return text
         dtype, _, rest = text.strip().lower().partition("/")
         if dtype not in DTYPES and dtype != "float":
-            near = difflib.get_close_matches(dtype, [*DTYPES, "float"], 1)
-            hint = f"did you mean {near[0]}?" if near else f"types are {', '.join(DTYPES)}, float"
+            types = [*DTYPES, "float"]
+            hint = did_you_mean(dtype, types, f"types are {', '.join(types)}")
             raise RecipeError(f"no number format {text!r}", fix=hint)
         granularity, _, size = (rest or "tensor").partition("=")
         sized = granularity == "block"
@@ -213,24 +213,21 @@ class Encoding:
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
         """Float values to integers (int8 or wider; 4-bit types use int8 or uint8 storage)."""
-        shape = self.grid_shape(np.ndim(x))
-        scale, zero = self.scale.reshape(shape), self.zero_point.reshape(shape)
-        with np.errstate(over="ignore"):  # beyond float32 is beyond the grid, too
-            q = np.rint(np.asarray(x, np.float32) / scale).astype(np.float64) + zero
         storage = {"int4": np.int8, "uint4": np.uint8}.get(self.dtype, self.dtype)
-        integers: np.ndarray = np.clip(q, self.qmin, self.qmax).astype(storage)
-        return integers
+        scale, zero = self._grid(np.ndim(x))
+        return kernels.quantize(x, scale, zero, self.qmin, self.qmax, dtype=storage)
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
         """Integers to float32 values."""
-        shape = self.grid_shape(np.ndim(q))
-        steps = q.astype(np.int64) - self.zero_point.reshape(shape)
-        values: np.ndarray = steps.astype(np.float32) * self.scale.reshape(shape)
-        return values
+        return kernels.dequantize(q, *self._grid(np.ndim(q)))
 
     def fake_quantize(self, x: np.ndarray) -> np.ndarray:
         """Float values moved to the nearest grid point, float32."""
-        return self.dequantize(self.quantize(x))
+        return kernels.fake_quantize(x, *self._grid(np.ndim(x)), self.qmin, self.qmax)
+
+    def _grid(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        shape = self.grid_shape(rank)
+        return self.scale.reshape(shape), self.zero_point.reshape(shape)
 
 
 @dataclass

@@ -15,7 +15,6 @@ A flat list in the words of QuantizeLinear::
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.encoding import DTYPES, Encoding, Encodings, limits
-from onnxq.errors import RecipeError, UnsupportedError
+from onnxq.errors import RecipeError, UnsupportedError, did_you_mean
 from onnxq.report import write_text
 from onnxq.version import __version__
 
@@ -212,8 +211,7 @@ def _float_nodes(value: Any, where: object) -> dict[str, str]:
 def _known(table: dict[str, Any], keys: tuple[str, ...], where: object) -> None:
     for key in table:
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, 1)
-            hint = f"did you mean {near[0]}?" if near else f"keys are {', '.join(keys)}"
+            hint = did_you_mean(key, keys, f"keys are {', '.join(keys)}")
             raise RecipeError(f"no key {key!r}", where=where, fix=hint)
 
 

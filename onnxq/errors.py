@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+from typing import TypeVar
+
 __all__ = [
     "CalibrationError",
     "ModelError",
@@ -10,7 +14,10 @@ __all__ = [
     "RecipeError",
     "TargetError",
     "UnsupportedError",
+    "did_you_mean",
 ]
+
+_T = TypeVar("_T", str, None)
 
 
 class OnnxqError(Exception):
@@ -68,3 +75,10 @@ class PassError(OnnxqError):
             f"pass {name} failed: {cause}",
             fix=f"passes done before it: {', '.join(done) or 'none'}",
         )
+
+
+def did_you_mean(given: object, known: Iterable[object], otherwise: _T) -> str | _T:
+    """The fix for a name that is not known: the one that looks like it, else `otherwise`."""
+    names = [name for name in known if isinstance(name, str)]
+    near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) else []
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -10,7 +10,7 @@ from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from onnxq.errors import ModelError
 
-__all__ = ["consumers", "has_subgraph", "producer", "rewire", "topological"]
+__all__ = ["consumers", "has_subgraph", "is_standard", "producer", "rewire", "topological"]
 
 logging.getLogger("ONNX-GraphSurgeon").setLevel(logging.ERROR)
 gs.logger.G_LOGGER.severity = gs.logger.G_LOGGER.ERROR
@@ -40,6 +40,11 @@ def rewire(node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
 def has_subgraph(node: gs.Node) -> bool:
     """Whether the node holds a subgraph (If, Loop, Scan)."""
     return any(isinstance(value, gs.Graph) for value in node.attrs.values())
+
+
+def is_standard(node: gs.Node) -> bool:
+    """Whether the operator is one of ONNX itself, not of another domain."""
+    return node.domain in (None, "", "ai.onnx")
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:

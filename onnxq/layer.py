@@ -10,8 +10,10 @@ import onnx_graphsurgeon as gs
 
 from onnxq import ops
 from onnxq.errors import ModelError, UnsupportedError
+from onnxq.graph import is_standard
 
 if TYPE_CHECKING:
+    from onnxq.encoding import Encoding
     from onnxq.model import Model
 
 __all__ = ["Layer"]
@@ -35,7 +37,7 @@ class Layer:
     def of(cls, model: Model, node: gs.Node) -> Layer | None:
         """The layer that a node is; None if it is none."""
         spec = ops.LAYERS.get(node.op)
-        if spec is None or node.domain not in (None, "", "ai.onnx") or len(node.inputs) < 2:
+        if spec is None or not is_standard(node) or len(node.inputs) < 2:
             return None
         side = spec.weight
         if node.op in ("MatMul", "Gemm"):
@@ -84,6 +86,14 @@ class Layer:
     def weight_tensor(self) -> gs.Constant:
         """The constant that holds the weight."""
         return self.node.inputs[self.side]
+
+    @property
+    def weight_encoding(self) -> Encoding | None:
+        """How its weight is to be written in integers; None where it stays float."""
+        encodings = self.model.encodings
+        if self.name in encodings.float_nodes:
+            return None
+        return encodings.get(self.weight_tensor.name)
 
     @property
     def group(self) -> int:

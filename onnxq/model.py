@@ -19,7 +19,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from onnxq.encoding import Encodings
 from onnxq.errors import ModelError
-from onnxq.graph import consumers, has_subgraph, producer, rewire, topological
+from onnxq.graph import consumers, has_subgraph, is_standard, producer, rewire, topological
 from onnxq.layer import Layer
 from onnxq.model_io import (
     external_files,
@@ -36,6 +36,7 @@ __all__ = [
     "Model",
     "consumers",
     "has_subgraph",
+    "is_standard",
     "load",
     "producer",
     "rewire",
@@ -446,7 +447,7 @@ def _slot(items: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:
 
 
 def _constant_value(node: gs.Node) -> np.ndarray | LazyValues | None:
-    if node.op != "Constant" or node.domain not in (None, "", "ai.onnx"):
+    if node.op != "Constant" or not is_standard(node):
         return None
     attrs = node.attrs
     if isinstance(attrs.get("value"), gs.Constant):

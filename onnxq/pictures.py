@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
-from onnxq.errors import CalibrationError, RecipeError
+from onnxq.errors import CalibrationError, RecipeError, did_you_mean
 from onnxq.readers import read_picture
 from onnxq.signature import TensorSpec
 
@@ -81,7 +80,8 @@ class Preprocess:
             if (value := getattr(self, name)) not in choices:
                 wanted = ", ".join(map(str, choices))
                 raise RecipeError(
-                    f"{name}: wanted one of {wanted}, got {value!r}", fix=_near(value, choices)
+                    f"{name}: wanted one of {wanted}, got {value!r}",
+                    fix=did_you_mean(value, choices, None),
                 )
         if self.crop_pct != 1 and self.fit != "crop":
             raise RecipeError("crop_pct: means nothing unless fit is crop")
@@ -117,7 +117,9 @@ class Preprocess:
         if name in PRESETS:
             return PRESETS[name]
         known = f"presets are {', '.join(PRESETS)}; a TOML file ends in .toml"
-        raise RecipeError(f"no preset {name!r} for pictures", fix=_near(name, PRESETS) or known)
+        raise RecipeError(
+            f"no preset {name!r} for pictures", fix=did_you_mean(name, PRESETS, known)
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Preprocess:
@@ -136,7 +138,8 @@ class Preprocess:
         known = [f.name for f in fields(cls)]
         for key in given:
             if key != "preset" and key not in known:
-                hint = _near(key, [*known, "preset"]) or f"keys are preset, {', '.join(known)}"
+                keys = ["preset", *known]
+                hint = did_you_mean(key, keys, f"keys are {', '.join(keys)}")
                 raise RecipeError(f"preprocessing has no {key!r}", where=path, fix=hint)
         try:
             preset = given.pop("preset", "unit")
@@ -279,12 +282,6 @@ def _is_number(value: Any) -> bool:
 def _is_per_channel(value: Any) -> bool:
     some = isinstance(value, tuple) and len(value) in (1, 3) and all(map(_is_number, value))
     return _is_number(value) or some
-
-
-def _near(value: Any, choices: Iterable[str | None]) -> str | None:
-    known = [c for c in choices if c is not None]
-    near = difflib.get_close_matches(value, known, 1) if isinstance(value, str) else []
-    return f"did you mean {near[0]}?" if near else None
 
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {

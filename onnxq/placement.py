@@ -19,7 +19,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq import ops
 from onnxq.errors import RecipeError
-from onnxq.model import Layer, Model, consumers, has_subgraph, producer
+from onnxq.model import Layer, Model, consumers, has_subgraph, is_standard, producer
 from onnxq.targets import Kernel, Target
 
 __all__ = [
@@ -137,7 +137,7 @@ def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
     encodings = model.encodings
     for node in model.graph.nodes:
         kernel = target.kernels.get(node.op)
-        if kernel is None or node.name in encodings.float_nodes or not _standard(node):
+        if kernel is None or node.name in encodings.float_nodes or not is_standard(node):
             continue
         if any(t.name not in encodings for t in data_inputs(node, kernel) if _varies(t)):
             continue
@@ -203,7 +203,7 @@ class _Placer:
         kernel = self.target.kernels.get(node.op)
         if has_subgraph(node):
             return "holds a subgraph"
-        if kernel is None or not _standard(node):
+        if kernel is None or not is_standard(node):
             return f"{self.target.name} has no integer {node.op}"
         data = data_inputs(node, kernel)
         for tensor in (*data, *node.outputs):
@@ -358,7 +358,3 @@ def _end(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
 
 def _varies(tensor: gs.Tensor) -> bool:
     return bool(tensor.name) and not isinstance(tensor, gs.Constant)
-
-
-def _standard(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx")

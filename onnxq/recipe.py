@@ -21,7 +21,6 @@ takes "none" for it, unless it takes any text.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
 import os
@@ -34,7 +33,7 @@ from pathlib import Path
 from typing import Any, Literal, Union
 
 from onnxq import passes
-from onnxq.errors import RecipeError, TargetError, UnsupportedError
+from onnxq.errors import RecipeError, TargetError, UnsupportedError, did_you_mean
 from onnxq.pass_manager import After, Pass, PassManager
 from onnxq.targets import TARGETS
 
@@ -261,12 +260,10 @@ def _value(option: _Option, value: Any, place: str) -> Any:
     result = _taken(value, option.kind)
     if result is not _NOT:
         return result
-    choices = [c for c in _choices(option.kind) if isinstance(c, str)]
-    near = difflib.get_close_matches(value, choices, 1) if isinstance(value, str) else []
     raise RecipeError(
         f"{option.name}: wanted {_wanted(option.kind)}, got {_shown(value)}",
         where=place,
-        fix=f"did you mean {near[0]}?" if near else None,
+        fix=did_you_mean(value, _choices(option.kind), None),
     )
 
 
@@ -345,8 +342,7 @@ def _toml(value: Any, where: str) -> str:
 
 
 def _hint(given: str, known: Collection[str], otherwise: str) -> str:
-    near = difflib.get_close_matches(given, known, 1)
-    return f"did you mean {near[0]}?" if near else f"{otherwise} {', '.join(known)}"
+    return did_you_mean(given, known, f"{otherwise} {', '.join(known)}")
 
 
 def _shown(value: Any) -> str:

@@ -9,15 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from onnxq.kernels.patches import add_patch_sums, gather_patches
-from onnxq.model import Layer
-from onnxq.ops import Window, conv_window
+from onnxq.model import Layer, Model
+from onnxq.ops import conv_window
 from onnxq.runtime import Session
 
-__all__ = ["SecondOrder", "collect", "rows_of", "weight_of"]
+__all__ = [
+    "SecondOrder",
+    "collect",
+    "collect_means",
+    "correct_bias",
+    "input_session",
+    "rows_of",
+    "supports",
+    "weight_of",
+]
+
+
+_T = TypeVar("_T")
+_Three = tuple[int, int, int]
+_Geometry = tuple[_Three, _Three, _Three, _Three, _Three]
 
 
 @dataclass
@@ -43,12 +58,14 @@ class SecondOrder:
         return np.asarray(self.moment - about)
 
 
-def rows_of(layer: Layer) -> np.ndarray:
+def rows_of(layer: Layer, weight: np.ndarray | None = None) -> np.ndarray:
     """The weight as rows that multiply patches, [G, O/G, K].
 
-    Conv [O, I/g, ...], Gemm [K, N] or [N, K], MatMul [K, N].
+    Args:
+        layer: Conv [O, I/g, ...], Gemm [K, N] or [N, K], MatMul [K, N].
+        weight: Other values, laid out as the layer's weight.
     """
-    weight = layer.weight
+    weight = layer.weight if weight is None else weight
     if layer.op == "Conv":
         return weight.reshape(layer.group, weight.shape[0] // layer.group, -1)
     if layer.op == "Gemm" and layer.node.attrs.get("transB", 0):
@@ -72,6 +89,20 @@ def supports(layer: Layer) -> bool:
     return layer.op == "MatMul" and layer.side == 1 and layer.weight.ndim == 2
 
 
+def correct_bias(layer: Layer, rounded: np.ndarray, mean: np.ndarray) -> None:
+    """Move the bias so that rounding the weight W to Q keeps the mean output: b += (W - Q) m.
+
+    Args:
+        layer: A Conv or Gemm without computed bias, its weight not yet rounded.
+        rounded: Q as rows, [G, O/G, K].
+        mean: m, the mean patch, [G, K].
+    """
+    error = rows_of(layer).astype(np.float64) - rounded
+    shift = np.einsum("gok,gk->go", error, mean).reshape(-1)
+    alpha = float(layer.node.attrs.get("alpha", 1.0))  # of a Gemm
+    layer.set_bias((layer.take_bias() + alpha * shift).astype(np.float32))
+
+
 @dataclass
 class _Source:
     """One input with one window; layers that share both share the statistics."""
@@ -81,32 +112,49 @@ class _Source:
     groups: int
     size: tuple[int, ...]
     attrs: Mapping[str, object]
-    per_sample: int
+    columns: int
+    layers: list[Layer] = field(default_factory=list)
     total: np.ndarray | None = None
     count: int = 0
     moment: np.ndarray | None = None
     sampled_total: np.ndarray | None = None
     sampled: int = 0
-    layers: list[Layer] = field(default_factory=list)
 
-    def add(self, x: np.ndarray, rng: np.random.Generator) -> None:
+    def add_mean(self, x: np.ndarray) -> None:
         if self.op == "Conv":
-            patches = self._conv(x, conv_window(dict(self.attrs), x.shape[2:], self.size), rng)
-        else:
-            rows = x.reshape(-1, x.shape[-1])
-            part = rows.sum(axis=0, dtype=np.float64)
-            self.total = part if self.total is None else self.total + part
-            self.count += rows.shape[0]
-            patches = rows[_pick(rows.shape[0], self.per_sample, rng)]
-        grouped = patches.reshape(len(patches), self.groups, -1).transpose(1, 0, 2)
+            cube, positions, geometry = self._unfolding(x)
+            if self.total is None:
+                self.total = np.zeros((x.shape[1], *geometry[0]))
+            add_patch_sums(cube, *geometry, self.total)
+            self.count += positions
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        part = rows.sum(axis=0, dtype=np.float64)
+        self.total = part if self.total is None else self.total + part
+        self.count += rows.shape[0]
+
+    def add_moment(self, x: np.ndarray, patches: int, rng: np.random.Generator) -> None:
+        drawn = self._draw(x, patches, rng)
+        grouped = drawn.reshape(len(drawn), self.groups, -1).transpose(1, 0, 2)
         moment = np.matmul(grouped.transpose(0, 2, 1), grouped).astype(np.float64)
         sums = grouped.sum(axis=1, dtype=np.float64)
         self.moment = moment if self.moment is None else self.moment + moment
         self.sampled_total = sums if self.sampled_total is None else self.sampled_total + sums
-        self.sampled += len(patches)
+        self.sampled += len(drawn)
 
-    def _conv(self, x: np.ndarray, window: Window, rng: np.random.Generator) -> np.ndarray:
-        cube = np.ascontiguousarray(x.reshape(*x.shape[:2], *_three(x.shape[2:], 1)))
+    def _draw(self, x: np.ndarray, patches: int, rng: np.random.Generator) -> np.ndarray:
+        if self.op != "Conv":
+            rows = x.reshape(-1, x.shape[-1])
+            return np.asarray(rows[_pick(rows.shape[0], patches, rng)])
+        cube, positions, geometry = self._unfolding(x)
+        picked = _pick(positions, patches, rng)
+        drawn = np.empty((picked.size, x.shape[1] * int(np.prod(geometry[0]))), np.float32)
+        gather_patches(cube, *geometry, picked, drawn)
+        return drawn
+
+    def _unfolding(self, x: np.ndarray) -> tuple[np.ndarray, int, _Geometry]:
+        """The input as [N, C, D, H, W], how many patches it has, and where, as kernels want it."""
+        window = conv_window(dict(self.attrs), x.shape[2:], self.size)
         geometry = (
             _three(window.size, 1),
             _three(window.strides, 1),
@@ -114,26 +162,31 @@ class _Source:
             _three(window.dilations, 1),
             _three(window.positions, 1),
         )
-        if self.total is None:
-            self.total = np.zeros((x.shape[1], *geometry[0]))
-        add_patch_sums(cube, *geometry, self.total)
-        positions = x.shape[0] * int(np.prod(window.positions))
-        self.count += positions
-        picked = _pick(positions, self.per_sample, rng)
-        patches = np.empty((picked.size, x.shape[1] * int(np.prod(window.size))), np.float32)
-        gather_patches(cube, *geometry, picked, patches)
-        return patches
+        cube = np.ascontiguousarray(x.reshape(*x.shape[:2], *_three(x.shape[2:], 1)))
+        return cube, x.shape[0] * int(np.prod(window.positions)), geometry
+
+    def mean(self) -> np.ndarray | None:
+        if self.total is None or not self.count:
+            return None
+        return np.asarray(self.total / self.count).reshape(self.groups, -1)
 
     def result(self) -> SecondOrder | None:
-        if self.total is None or self.moment is None or not self.sampled:
+        mean = self.mean()
+        if mean is None or self.moment is None or self.sampled_total is None:
             return None
-        assert self.sampled_total is not None
         return SecondOrder(
-            mean=(self.total / self.count).reshape(self.groups, -1),
+            mean=mean,
             moment=self.moment / self.sampled,
             sampled_mean=self.sampled_total / self.sampled,
             sampled=self.sampled,
         )
+
+
+def input_session(model: Model, layers: Sequence[Layer], threads: int) -> Session:
+    """The model, with the inputs of the layers among its outputs."""
+    names = dict.fromkeys(layer.x.name for layer in layers)
+    inner = [name for name in names if name not in model.inputs]
+    return Session(model.to_proto(inner), outputs=inner, threads=threads)
 
 
 def collect(
@@ -158,27 +211,64 @@ def collect(
             output draw four per weight.
         progress: Called with 1 after each sample.
     """
+    sources = _sources(layers)
+
+    def add(source: _Source, x: np.ndarray) -> None:
+        wanted = max(patches, 4 * source.columns)
+        source.add_mean(x)
+        source.add_moment(x, max(1, -(-wanted // max(expected, 1))), rng)
+
+    _observe(sources, session, samples, progress, add)
+    return _by_layer(sources, _Source.result)
+
+
+def collect_means(
+    layers: Sequence[Layer],
+    session: Session,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    *,
+    progress: Callable[[int], object] = lambda steps: None,
+) -> dict[str, np.ndarray]:
+    """The mean patch [G, K] of each layer's input alone; the arguments are those of `collect`."""
+    sources = _sources(layers)
+    _observe(sources, session, samples, progress, _Source.add_mean)
+    return _by_layer(sources, _Source.mean)
+
+
+def _sources(layers: Sequence[Layer]) -> list[_Source]:
     sources: dict[tuple[object, ...], _Source] = {}
     for layer in layers:
+        op = "Conv" if layer.op == "Conv" else "rows"
         size = tuple(layer.weight.shape[2:]) if layer.op == "Conv" else ()
         keys = ("strides", "dilations", "pads", "auto_pad")
         attrs = {k: layer.node.attrs[k] for k in keys if k in layer.node.attrs}
-        key = (layer.x.name, layer.op == "Conv", layer.group, size, repr(attrs))
+        key = (layer.x.name, op, layer.group, size, repr(attrs))
         if key not in sources:
-            wanted = max(patches, 4 * rows_of(layer).shape[-1])
-            per_sample = max(1, -(-wanted // max(expected, 1)))
-            op = "Conv" if layer.op == "Conv" else "rows"
-            sources[key] = _Source(layer.x.name, op, layer.group, size, attrs, per_sample)
+            columns = rows_of(layer).shape[-1]
+            sources[key] = _Source(layer.x.name, op, layer.group, size, attrs, columns)
         sources[key].layers.append(layer)
+    return list(sources.values())
+
+
+def _observe(
+    sources: Sequence[_Source],
+    session: Session,
+    samples: Iterable[Mapping[str, np.ndarray]],
+    progress: Callable[[int], object],
+    add: Callable[[_Source, np.ndarray], None],
+) -> None:
     for feed in samples:
         values = {**feed, **session.run_shared(feed)}
-        for source in sources.values():
-            source.add(np.asarray(values[source.name], np.float32), rng)
-        del values
+        for source in sources:
+            add(source, np.asarray(values[source.name], np.float32))
+        del values  # before the next ones are made
         progress(1)
-    found: dict[str, SecondOrder] = {}
-    for source in sources.values():
-        result = source.result()
+
+
+def _by_layer(sources: Sequence[_Source], get: Callable[[_Source], _T | None]) -> dict[str, _T]:
+    found: dict[str, _T] = {}
+    for source in sources:
+        result = get(source)
         if result is not None:
             found.update((layer.name, result) for layer in source.layers)
     return found
@@ -190,7 +280,7 @@ def _pick(positions: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
     return np.sort(rng.integers(0, positions, wanted))
 
 
-def _three(sizes: tuple[int, ...], fill: int) -> tuple[int, int, int]:
+def _three(sizes: tuple[int, ...], fill: int) -> _Three:
     """Sizes of up to three spatial axes, leading axes filled."""
     padded = (*[fill] * (3 - len(sizes)), *sizes)
     return padded[0], padded[1], padded[2]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from onnxq.encoding import Format
-from onnxq.errors import TargetError
+from onnxq.errors import TargetError, did_you_mean
 
 __all__ = ["TARGETS", "Kernel", "Target"]
 
@@ -59,8 +58,7 @@ class Target:
             return name
         if name in TARGETS:
             return TARGETS[name]
-        near = difflib.get_close_matches(name, TARGETS, 1)
-        hint = f"did you mean {near[0]}?" if near else f"targets are {', '.join(TARGETS)}"
+        hint = did_you_mean(name, TARGETS, f"targets are {', '.join(TARGETS)}")
         raise TargetError(f"no target {name!r}", fix=hint)
 
     def check(self, weights: Format, activations: Format) -> None:

@@ -14,7 +14,7 @@ from onnx import helper, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx
 
 from onnxq.errors import OnnxqError
-from onnxq.model import Layer, Model, has_subgraph, rewire
+from onnxq.model import Layer, Model, has_subgraph, is_standard, rewire
 from onnxq.report import Changes
 from onnxq.runtime import Session
 
@@ -95,7 +95,7 @@ class Clean:
         if dead := model.cleanup():
             changes.add(f"{dead} operators that no output needs removed")
         for node in [*model.graph.nodes]:
-            if not _standard(node) or has_subgraph(node):
+            if not is_standard(node) or has_subgraph(node):
                 continue
             if _is_neutral(model, node) and _remove(model, node):
                 changes.add(f"{node.name} ({node.op}) removed")
@@ -320,7 +320,7 @@ def _plain_gemm(model: Model, node: gs.Node) -> str:
         del node.attrs["beta"]
         changed.append("beta")
     if layer.bias is not None and layer.side == 1:
-        width = int(layer.weight_tensor.shape[layer.channel_axis])
+        width = layer.output_channels
         shape = layer.bias.shape
         if shape != (width,) and (layer.bias.size == 1 or shape == (1, width)):
             layer.set_bias(np.broadcast_to(layer.bias.reshape(-1), (width,)))
@@ -330,7 +330,3 @@ def _plain_gemm(model: Model, node: gs.Node) -> str:
 
 def _scaled(values: np.ndarray, factor: float) -> np.ndarray:
     return (values.astype(np.float64) * factor).astype(values.dtype)
-
-
-def _standard(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx")

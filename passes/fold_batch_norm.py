@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.model import BatchNormStatistics, Layer, Model, consumers, producer, rewire
+from onnxq.model import BatchNormStatistics, Layer, Model, consumers, is_standard, producer, rewire
 from onnxq.report import Changes
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class FoldBatchNorm:
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Fold what can be folded."""
         changes = Changes()
-        norms = [n for n in model.graph.nodes if n.op == "BatchNormalization" and _standard(n)]
+        norms = [n for n in model.graph.nodes if n.op == "BatchNormalization" and is_standard(n)]
         if any(_needs_rank(n, self.standalone) for n in norms):
             model.infer()
         folder = _Folder(model, changes)
@@ -161,7 +161,7 @@ class _Branch:
     def of(cls, model: Model, tensor: gs.Tensor, rank: int | None) -> _Branch | str:
         """What puts out the tensor, or why it cannot take up a scale."""
         node, add, before = producer(tensor), None, tensor
-        if node is not None and node.op == "Add" and _standard(node):
+        if node is not None and node.op == "Add" and is_standard(node):
             fixed = [isinstance(t, gs.Constant) for t in node.inputs]
             if sum(fixed) == 1:
                 add, before = node, node.inputs[fixed.index(False)]
@@ -211,7 +211,7 @@ class _Folder:
         """Rules 1 to 3: scale the output channels of what comes before."""
         model, rank = self.model, _rank(norm.x)
         join, tensors, inside = producer(norm.x), [norm.x], ""
-        if join is not None and join.op == "Concat" and _standard(join):
+        if join is not None and join.op == "Concat" and is_standard(join):
             axis = join.attrs.get("axis", 1)
             if axis != 1 and (rank is None or axis + rank != 1):
                 return f"{join.name} is not known to join channels"
@@ -309,7 +309,12 @@ class _Folder:
             layer.set_bias((layer.take_bias() + extra).astype(dtype))
             return
         after = y.outputs[0] if len(y.outputs) == 1 and not model.is_output(y) else None
-        if after is not None and after.op == "Add" and _standard(after) and id(after) in self._main:
+        if (
+            after is not None
+            and after.op == "Add"
+            and is_standard(after)
+            and id(after) in self._main
+        ):
             index = _constant_input(after)
             old = None if index is None else model.array(after.inputs[index])
             if old is not None and old.ndim <= 2:
@@ -382,11 +387,7 @@ def _unfit_input(layer: Layer, tensor: gs.Tensor, norm: _Norm, rank: int | None)
 
 
 def _is_flatten(node: gs.Node) -> bool:
-    return node.op == "Flatten" and _standard(node) and node.attrs.get("axis", 1) == 1
-
-
-def _standard(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx")
+    return node.op == "Flatten" and is_standard(node) and node.attrs.get("axis", 1) == 1
 
 
 def _described(node: gs.Node | None) -> str:

@@ -70,7 +70,7 @@ class GateEqualization:
             scale = self._scale(bound, depthwise=depthwise)
             added.append(_scaled(model, node, scale))
             for layer in readers:
-                layer.set_weight(_divided(layer, scale))
+                layer.scale_inputs(1 / scale)
             changes.add(f"{node.name}: channels scaled by 1 to {scale.max():g}")
         model.insert(added)
         return changes
@@ -87,6 +87,8 @@ class GateEqualization:
                 return f"its channels differ widely, but {reader.name} ({reader.op}) reads it, too"
             if len(layer.weight_tensor.outputs) > 1 or layer.group not in (1, channels):
                 return f"its channels differ widely, but the weight of {reader.name} is shared"
+            if layer.unscalable:
+                return f"its channels differ widely, but {layer.unscalable}"
             found.append(layer)
         return found
 
@@ -107,10 +109,3 @@ def _scaled(model: Model, node: gs.Node, scale: np.ndarray) -> gs.Node:
     result = model.variable(f"{factor.name}_scaled", factor.dtype, factor.shape)
     node.inputs[index] = result
     return gs.Node("Mul", f"{node.name}_equalize", {}, [factor, constant], [result])
-
-
-def _divided(layer: Layer, scale: np.ndarray) -> np.ndarray:
-    weight = layer.weight
-    by = scale if layer.group == len(scale) else scale[None]
-    divided: np.ndarray = weight / by.reshape(*by.shape, *[1] * (weight.ndim - by.ndim))
-    return divided.astype(np.float32)

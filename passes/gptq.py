@@ -11,8 +11,15 @@ from onnxq.encoding import Encoding
 from onnxq.kernels import rounding
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
-from onnxq.runtime import Session
-from onnxq.second_order import SecondOrder, collect, rows_of, supports, weight_of
+from onnxq.second_order import (
+    SecondOrder,
+    collect,
+    correct_bias,
+    input_session,
+    rows_of,
+    supports,
+    weight_of,
+)
 
 __all__ = ["GPTQ"]
 
@@ -70,8 +77,7 @@ class GPTQ:
         return changes
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
-        encodings = layer.model.encodings
-        if layer.name in encodings.float_nodes or layer.weight_tensor.name not in encodings:
+        if layer.weight_encoding is None:
             return False
         if not supports(layer):
             changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")
@@ -82,10 +88,7 @@ class GPTQ:
         return True
 
     def _collect(self, layers: list[Layer], model: Model, ctx: Context) -> dict[str, SecondOrder]:
-        inner = [
-            n for n in dict.fromkeys(layer.x.name for layer in layers) if n not in model.inputs
-        ]
-        session = Session(model.to_proto(inner), outputs=inner, threads=ctx.threads)
+        session = input_session(model, layers, ctx.threads)
         samples = ctx.spread(session, self.samples)
         with ctx.progress.task("second-order statistics", samples.length) as advance:
             return collect(
@@ -106,7 +109,7 @@ def _round(layer: Layer, statistics: SecondOrder, changes: Changes) -> bool:
     gram = statistics.covariance if biased else statistics.moment
     rows = rows_of(layer).astype(np.float32)
     scale, zero = _per_row(encoding, rows.shape[0] * rows.shape[1])
-    nearest = rows_of_grid(layer, encoding)
+    nearest = rows_of(layer, encoding.fake_quantize(layer.weight))
     noise = _input_noise(layer)
     rounded = np.empty_like(rows)
     kept = 0
@@ -132,22 +135,9 @@ def _round(layer: Layer, statistics: SecondOrder, changes: Changes) -> bool:
         rounded[g] = np.where(better[:, None], rounded[g], nearest[g])
         kept += int(better.sum())
     if biased:
-        shift = np.einsum("gok,gk->go", (rows - rounded).astype(np.float64), statistics.mean)
-        alpha = float(layer.node.attrs.get("alpha", 1.0)) if layer.op == "Gemm" else 1.0
-        old = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64).reshape(-1)
-        layer.set_bias((old + alpha * shift.reshape(-1)).astype(np.float32))
+        correct_bias(layer, rounded, statistics.mean)
     layer.set_weight(weight_of(layer, rounded).astype(np.float32))
     return kept > 0
-
-
-def rows_of_grid(layer: Layer, encoding: Encoding) -> np.ndarray:
-    """The weight rounded to nearest, as rows."""
-    twin = Layer(layer.model, layer.node, layer.side)
-    values = encoding.fake_quantize(layer.weight)
-    if layer.op == "Conv":
-        return values.reshape(rows_of(twin).shape)
-    transposed = layer.op == "Gemm" and layer.node.attrs.get("transB", 0)
-    return values[None] if transposed else np.ascontiguousarray(values.T)[None]
 
 
 def _per_row(encoding: Encoding, rows: int) -> tuple[np.ndarray, np.ndarray]:

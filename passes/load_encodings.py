@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxq import encodings_json
-from onnxq.errors import RecipeError
+from onnxq.errors import RecipeError, did_you_mean
 from onnxq.model import Model
 from onnxq.pass_manager import Changes, Context
 
@@ -44,11 +43,10 @@ class LoadEncodings:
             *((n, nodes, "node") for n in encodings.float_nodes),
         ):
             if name not in set(names):
-                near = difflib.get_close_matches(name, names, 1)
                 raise RecipeError(
                     f"the model has no {kind} {name!r}",
                     where=self.path,
-                    fix=f"did you mean {near[0]}?" if near else "use the encodings of this model",
+                    fix=did_you_mean(name, names, "use the encodings of this model"),
                 )
         model.encodings = encodings
         changes.add(f"{len(encodings)} encodings from {self.path}")

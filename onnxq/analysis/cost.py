@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq import ops
 from onnxq.errors import ModelError, OnnxqError
-from onnxq.model import Model, producer
+from onnxq.model import Model, is_standard, producer
 from onnxq.progress import Progress, Silent
 from onnxq.runtime import Session
 
@@ -85,9 +85,7 @@ def layer_costs(model: Model, shapes: Shapes, *, batch: int | None = None) -> li
 
 def mac_nodes(model: Model) -> list[gs.Node]:
     """The nodes that carry the MACs, in graph order; subgraphs left out."""
-    return [
-        n for n in model.graph.nodes if n.op in ops.LAYERS and n.domain in (None, "", "ai.onnx")
-    ]
+    return [n for n in model.graph.nodes if n.op in ops.LAYERS and is_standard(n)]
 
 
 def _cost(model: Model, node: gs.Node, known: Shapes, batch: int) -> LayerCost:

@@ -45,11 +45,14 @@ def onnxruntime(x, scale, zero_point, dtype, axis=None):
 def assert_matches(x, scale, zero_point, dtype, axis=None):
     expected, back = onnxruntime(x, scale, zero_point, dtype, axis)
     info = np.iinfo(dtype)
-    q = quantize(x, scale, zero_point, info.min, info.max, axis=axis, dtype=dtype)
+    if axis is not None:
+        shape = [-1 if i == axis else 1 for i in range(x.ndim)]
+        scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+    q = quantize(x, scale, zero_point, info.min, info.max, dtype=dtype)
     np.testing.assert_array_equal(q, expected, strict=True)
     for found in (
-        dequantize(q, scale, zero_point, axis=axis),
-        fake_quantize(x, scale, zero_point, info.min, info.max, axis=axis),
+        dequantize(q, scale, zero_point),
+        fake_quantize(x, scale, zero_point, info.min, info.max),
     ):
         np.testing.assert_array_equal(found.view(np.int32), back.view(np.int32), strict=True)
 
@@ -102,7 +105,12 @@ def test_four_bits():
 def test_limits_beyond_float32():
     x = np.float32([-3e38, -1, 1, 3e38])
     low, high = -(2**31), 2**31 - 1
-    np.testing.assert_array_equal(quantize(x, 1, 0, low, high), [low, -1, 1, high])
+    for zero in (0, 5, -5):
+        q = quantize(x, 1, zero, low, high)
+        np.testing.assert_array_equal(q, [low, zero - 1, zero + 1, high])
+        wanted = (q.astype(np.int64) - zero).astype(np.float32)
+        np.testing.assert_array_equal(dequantize(q, 1, zero), wanted)
+        np.testing.assert_array_equal(fake_quantize(x, 1, zero, low, high), wanted)
 
 
 def test_blocks():
@@ -116,7 +124,7 @@ def test_scalars_and_empty_arrays():
     assert quantize(np.array(2.6, np.float32), 1, 0, 0, 255) == 3
     assert fake_quantize(np.array(2.6, np.float32), 1, 0, 0, 255) == 3
     assert dequantize(np.array(3), 0.5, 1) == 1
-    assert quantize(np.empty((0, 3), np.float32), np.ones(3), np.zeros(3), 0, 9, axis=1).size == 0
+    assert quantize(np.empty((0, 3), np.float32), np.ones(3), np.zeros(3), 0, 9).size == 0
 
 
 @given(

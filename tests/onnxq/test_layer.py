@@ -8,15 +8,8 @@ from onnxq.errors import ModelError, UnsupportedError
 from onnxq.model import Layer, load
 from tests import models
 from tests.checks import run
+from tests.onnxq.test_model import CONVS, DENSE
 
-DENSE = "g (float[N,4] x) => (float[N,6] y) <float[4,6] w, float[6] b> { y = Gemm (x, w, b) }"
-CONVS = """g (float[N,3,8,8] x) => (float[N,4,8,8] y)
-<float[4,3,1,1] w, float[4,4,3,3] v, float[4] b> {
-    [first] h = Conv (x, w, b)
-    [act] r = Relu (h)
-    [second] s = Conv <pads=[1,1,1,1]> (r, v, b)
-    [sum] y = Add (s, h)
-}"""
 # name -> (a model of one layer, the sizes of an x that the weight meets once)
 LAYERS = {
     "conv": (

@@ -22,8 +22,9 @@ def imbalanced(text=PLAIN, weight="v", shape=(4, 8, 3, 3), axis=1, **more):
     rng = np.random.default_rng(0)
     w = rng.normal(size=(8, 3, 3, 3)) * 4 * SIZES[:, None, None, None]
     by = [1] * len(shape)
-    by[axis] = 8
-    v = rng.normal(size=shape) / SIZES.reshape(by) if weight else None
+    by[axis] = -1
+    sizes = np.repeat(SIZES, shape[axis] // 8).reshape(by)
+    v = rng.normal(size=shape) / sizes if weight else None
     given = {"w": w, "b": np.zeros(8), **({weight: v} if weight else {}), **more}
     return parse(text, **given)
 
@@ -45,13 +46,18 @@ def sqnr(wanted, got):
     return 10 * np.log10(np.square(wanted.astype(np.float64)).sum() / error)
 
 
-@pytest.mark.parametrize("kind", ["full", "depthwise", "two readers", "swapped"])
+@pytest.mark.parametrize("kind", ["full", "depthwise", "multiplied", "two readers", "swapped"])
 def test_the_float_function_stays(kind):
     texts = {
         "full": (PLAIN, (4, 8, 3, 3), 1),
         "depthwise": (
             f"{HEAD}, float[8,1,3,3] v> {{ {GATE} y = Conv<group=8>(m, v) }}",
             (8, 1, 3, 3),
+            0,
+        ),
+        "multiplied": (
+            f"{HEAD}, float[16,1,3,3] v> {{ {GATE} y = Conv<group=8>(m, v) }}",
+            (16, 1, 3, 3),
             0,
         ),
         "two readers": (
@@ -124,6 +130,8 @@ def test_balanced_channels_are_left_alone():
          "shared"),
         (f"{HEAD}, float[4,8,3,3] v> {{ {GATE} d = Conv(m, v) p = MaxPool<kernel_shape=[3,3]>(m)"
          " q = ReduceMean<keepdims=1>(p) y = Add(d, q) }", "reads it, too"),
+        (f"{HEAD}, float[4,8,3,3] v, float[4] u> {{ {GATE} k = Neg(u) y = Conv(m, v, k) }}",
+         "computed"),
     ],
 )  # fmt: skip
 def test_what_it_declines(text, why):
