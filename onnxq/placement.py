@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,8 +23,8 @@ from onnxq.model import Layer, Model, consumers, has_subgraph, is_standard, prod
 from onnxq.targets import Kernel, Target
 
 __all__ = [
+    "Ends",
     "Placement",
-    "absorbed",
     "data_inputs",
     "gate_factor",
     "integer_nodes",
@@ -123,29 +123,47 @@ def gate_factor(node: gs.Node) -> int | None:
     return None
 
 
-def absorbed(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
-    """The Relu or Clip after the tensor that quantizing its result makes redundant."""
-    if kernel.role == "move" or model.is_output(tensor) or len(tensor.outputs) != 1:
-        return None
-    node = tensor.outputs[0]
-    return node if activation_bounds(model, node) is not None else None
+class Ends:
+    """Where the encoding of a result stands: behind the Relu or Clip that quantizing takes over.
+
+    Args:
+        model: The model.
+        left: Names of the nodes that are to stay in float.
+    """
+
+    def __init__(self, model: Model, left: Collection[str]) -> None:
+        self._model = model
+        self._left = left
+        self._main = {id(n) for n in model.graph.nodes}
+
+    def absorbed(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
+        """The Relu or Clip after the tensor that quantizing its result makes redundant."""
+        if kernel.role == "move" or self._model.is_output(tensor) or len(tensor.outputs) != 1:
+            return None
+        node = tensor.outputs[0]
+        if id(node) not in self._main or node.name in self._left:  # of a subgraph; excluded
+            return None
+        return node if activation_bounds(self._model, node) is not None else None
+
+    def of(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
+        """The tensor that gets the encoding: the result, or that of the activation after it."""
+        activation = self.absorbed(tensor, kernel)
+        return tensor if activation is None else activation.outputs[0]
 
 
 def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
     """The nodes that the encodings of the model let run in integers."""
     found = {}
     encodings = model.encodings
+    ends = Ends(model, encodings.float_nodes)
     for node in model.graph.nodes:
         kernel = target.kernels.get(node.op)
         if kernel is None or node.name in encodings.float_nodes or not is_standard(node):
             continue
-        if any(t.name not in encodings for t in data_inputs(node, kernel) if _varies(t)):
+        if any(t.name not in encodings for t in data_inputs(node, kernel) if t.name):
             continue
-        layer = Layer.of(model, node) if kernel.role == "layer" else None
-        if layer is not None and layer.weight_tensor.name not in encodings:
-            continue
-        ends = [_end(model, t, kernel) for t in node.outputs if t.name]
-        if not kernel.float_output and any(t.name not in encodings for t in ends):
+        results = [ends.of(t, kernel) for t in node.outputs if t.name]
+        if not kernel.float_output and any(t.name not in encodings for t in results):
             continue
         found[node.name] = kernel
     return found
@@ -172,6 +190,7 @@ class _Placer:
     def __init__(self, model: Model, target: Target, excluded: set[str]) -> None:
         self.model = model
         self.target = target
+        self.ends = Ends(model, excluded)
         self.reasons: dict[str, str] = {}
         self.nodes: dict[int, gs.Node] = {}
         for node in model.graph.nodes:
@@ -210,7 +229,7 @@ class _Placer:
             if tensor.name and tensor.dtype is not None and tensor.dtype != np.float32:
                 return "does not compute in float32"
         if not any(_varies(t) for t in data):
-            return "computes a constant"
+            return "its data are constants"
         if kernel.role == "move":
             return self._unfit_move(node)
         if kernel.role == "layer":
@@ -232,23 +251,18 @@ class _Placer:
     def _unfit_layer(self, node: gs.Node) -> str | None:
         layer = Layer.of(self.model, node)
         if layer is None:
-            if node.op != "MatMul" or isinstance(node.inputs[0], gs.Constant):
-                return "its weight is computed, not constant"
-            return None
+            return None if node.op == "MatMul" else "its weight is computed, not constant"
         if node.op == "Gemm" and layer.side != 1:
             return "its weight is on the left side"
         if node.op == "Gemm" and float(node.attrs.get("beta", 1.0)) != 1.0:
             return "its beta is not 1"
-        bias = layer.bias_tensor
-        if bias is not None and not isinstance(bias, gs.Constant):
+        if layer.bias_tensor is not None and layer.bias is None:
             return "its bias is computed, not constant"
         return None
 
     def _unfit_move(self, node: gs.Node) -> str | None:
         if not ops.is_movement(node.op, node.attrs):
             return f"{self.target.name} has no integer {node.op} in this mode"
-        if not _varies(node.inputs[0]):
-            return "computes a constant"
         if sum(bool(t.name) for t in node.outputs) > 1 and node.op != "Split":
             return "gives a second output"
         if node.op == "Pad" and len(node.inputs) > 2 and node.inputs[2].name:
@@ -268,7 +282,7 @@ class _Placer:
         kernel = self.kernel(node)
         if kernel.role == "layer":
             return None
-        ends = [_end(self.model, t, kernel) for t in node.outputs if t.name]
+        ends = [self.ends.of(t, kernel) for t in node.outputs if t.name]
         if not any(self._read(t) for t in ends):
             return "nothing reads its result as integers"
         if kernel.role == "move":
@@ -298,14 +312,13 @@ class _Placer:
                 if (
                     before is not None
                     and id(before) in self.nodes
-                    and _end(self.model, node.inputs[0], self.kernel(before)) is tensor
+                    and self.ends.of(node.inputs[0], self.kernel(before)) is tensor
                 ):
                     node = before
             if id(node) not in self.nodes:
                 return False
-            kernel = self.kernel(node)
-            if kernel.role != "move":
-                return not kernel.float_output or self._read(tensor)
+            if self.kernel(node).role != "move":
+                return True
             tensor = node.inputs[0]
 
     # -------------------------------------------------------------- what follows
@@ -325,7 +338,7 @@ class _Placer:
             if kernel.role == "move":
                 result.moves += [(data[0].name, t.name) for t in node.outputs if t.name in wanted]
             if kernel.role == "join":
-                end = _end(self.model, node.outputs[0], kernel)
+                end = self.ends.of(node.outputs[0], kernel)
                 result.joins.append(([t.name for t in data], end.name))
         result.tensors = list(wanted)
         return result
@@ -336,7 +349,7 @@ class _Placer:
         if not tensor.name:
             return
         kernel = self.kernel(node)
-        end = _end(self.model, tensor, kernel)
+        end = self.ends.of(tensor, kernel)
         if kernel.float_output and not self._read(end):
             return
         wanted[end.name] = None
@@ -348,12 +361,6 @@ class _Placer:
             if bounds is not None:
                 result.bounds[end.name] = bounds
             self.reasons.pop(activation.name, None)
-
-
-def _end(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
-    """The tensor that gets the encoding: after the activation that it takes over."""
-    activation = absorbed(model, tensor, kernel)
-    return tensor if activation is None else activation.outputs[0]
 
 
 def _varies(tensor: gs.Tensor) -> bool:

@@ -15,7 +15,7 @@ from onnxq.errors import ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import Placement, data_inputs, gate_factor, place
+from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
 from onnxq.statistics import Method, TensorStatistics
 
 __all__ = ["Calibrate"]
@@ -119,12 +119,14 @@ class Calibrate:
 
     def _encode_constants(self, model: Model, placement: Placement) -> int:
         count = 0
+        ends = Ends(model, placement.float_nodes)
         for node in model.graph.nodes:
             if node.name not in placement.nodes:
                 continue
             layer = Layer.of(model, node)
             if layer is not None:
-                self._encode_weight(model, layer)
+                end = ends.of(layer.y, placement.nodes[node.name])
+                self._encode_weight(model, layer, model.encodings.get(end.name))
                 count += 1
                 continue
             for tensor in data_inputs(node, placement.nodes[node.name]):
@@ -136,7 +138,8 @@ class Calibrate:
                     )
         return count
 
-    def _encode_weight(self, model: Model, layer: Layer) -> None:
+    def _encode_weight(self, model: Model, layer: Layer, leaving: Encoding | None) -> None:
+        """Of the weight of a layer, given the encoding of the layer's result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
         encoding = self._weight_encoding(layer, values)
@@ -148,9 +151,8 @@ class Calibrate:
         x = model.encodings.get(layer.x.name)
         if x is not None and layer.op in ("Conv", "Gemm"):
             bias = np.zeros(1) if layer.bias is None else finite(model, layer.bias_tensor)
-            exit_encoding = model.encodings.get(layer.result.name)
-            if exit_encoding is not None and exit_encoding.axis is not None:
-                bias = bias + exit_encoding.scale * exit_encoding.zero_point
+            if leaving is not None and leaving.axis is not None:
+                bias = bias + leaving.scale * leaving.zero_point
             encoding = guard_bias(encoding, bias, float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 

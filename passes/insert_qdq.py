@@ -12,7 +12,7 @@ from onnxq.encoding import Encoding
 from onnxq.model import Layer, Model, consumers, producer, rewire
 from onnxq.ops import bias_input
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import absorbed, data_inputs, integer_nodes
+from onnxq.placement import Ends, data_inputs, integer_nodes
 from onnxq.targets import Kernel
 
 __all__ = ["InsertQDQ"]
@@ -67,6 +67,7 @@ class _Writer:
         self.model = model
         self.kernels = {id(n): nodes[n.name] for n in model.graph.nodes if n.name in nodes}
         self.nodes = [n for n in model.graph.nodes if id(n) in self.kernels]
+        self.ends = Ends(model, model.encodings.float_nodes)
         self.added: list[gs.Node] = []
         self.pairs = 0
         self._integers: dict[str, gs.Variable] = {}
@@ -94,7 +95,8 @@ class _Writer:
         """The encoding per channel of a convolution's result; None if it has one scale."""
         if layer is None or layer.op != "Conv":
             return None
-        encoding = self.model.encodings.get(layer.result.name)
+        end = self.ends.of(layer.y, self.kernels[id(layer.node)])
+        encoding = self.model.encodings.get(end.name)
         return encoding if encoding is not None and encoding.axis is not None else None
 
     def _scaled(
@@ -156,8 +158,7 @@ class _Writer:
                     reads[tensor.name] = tensor
             for tensor in node.outputs:
                 if tensor.name:
-                    activation = absorbed(self.model, tensor, kernel)
-                    end = tensor if activation is None else activation.outputs[0]
+                    end = self.ends.of(tensor, kernel)
                     if end.name in self.model.encodings:
                         results[end.name] = end
         pads = {id(n): n for n in self.nodes if n.op == "Pad"}

@@ -464,3 +464,52 @@ def test_constants_of_zeros():
     wanted = run(proto, feed)["y"]
     for level in ("disabled", "all"):
         assert sqnr(wanted, run(after, feed, level)["y"]) >= 30
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [("lo", "hi"), ("lo", "z"), ("z", "hi")], ids=["shifted", "upper", "lower"]
+)
+@pytest.mark.parametrize("after_it", ["y = Erf(r)", "y = Conv(r, v)", "y = Identity(r)"])
+def test_a_clip_that_is_not_taken_over_gets_exact_floats(low, high, after_it):
+    """Its input leaves the integers with a scale per channel."""
+    text = (
+        "g (float[N,4,8,8] x, float[1] u) => (float[] y) <float[4,4,3,3] w, int64[0] s, float lo,"
+        "float hi, float[4,4,1,1] v>"
+        f"{{ z = Reshape(u, s) c = Conv(x, w) r = Clip(c, {low}, {high}) {after_it} }}"
+    )
+    proto = parse(text, lo=0.5, hi=6.0, s=[])
+    data = [{**f, "u": np.float32([3.0])} for f in samples(proto)]
+    if low == "z":
+        data = [{**f, "u": np.float32([-3.0])} for f in data]
+    after, _ = quantized(proto, data)
+    wanted = run(proto, data[0])["y"]
+    for level in ("disabled", "all"):
+        assert sqnr(wanted, run(after, data[0], level)["y"]) >= 28
+
+
+def test_an_excluded_relu_runs_in_float(tmp_path):
+    text, constants, _ = PATTERNS["conv-relu"]
+    proto = parse(text, **constants)
+    after, _ = quantized(proto, exclude=("Relu",))
+    assert_good(proto, after)
+    relu = next(n for n in after.graph.node if n.op_type == "Relu")
+    assert node_of(after, relu.input[0]).op_type == DQ
+
+
+def test_a_branch_reads_what_its_activation_would_have_taken():
+    """The only reader of a convolution is a Relu inside of a subgraph."""
+    text = (
+        "g (float[N,4,8,8] x, bool k) => (float[] y, float[] z)"
+        "<float[4,4,1,1] w, float[4,4,1,1] v> { c = Conv(x, w) y = Conv(x, v)"
+        " z = If(k) <then_branch = t () => (float[N,4,8,8] a) { a = Relu(c) },"
+        " else_branch = e () => (float[N,4,8,8] b) { b = Neg(x) }> }"
+    )
+    proto = parse(text)
+    data = [{**f, "k": np.array(i % 2 == 0)} for i, f in enumerate(samples(proto))]
+    after, _ = quantized(proto, data)
+    onnx.checker.check_model(after, full_check=True)
+    for feed in data[:2]:
+        wanted = run(proto, feed)
+        for level in ("disabled", "all"):
+            got = run(after, feed, level)
+            assert min(sqnr(wanted[n], got[n]) for n in wanted) >= 25
