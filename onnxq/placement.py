@@ -258,6 +258,8 @@ class _Placer:
             return "its beta is not 1"
         if layer.bias_tensor is not None and layer.bias is None:
             return "its bias is computed, not constant"
+        if layer.bias is not None and not _one_row(layer.bias.shape, layer.output_channels):
+            return "its bias is not one value per output channel"
         return None
 
     def _unfit_move(self, node: gs.Node) -> str | None:
@@ -361,6 +363,11 @@ class _Placer:
             if bounds is not None:
                 result.bounds[end.name] = bounds
             self.reasons.pop(activation.name, None)
+
+
+def _one_row(shape: Sequence[int], channels: int) -> bool:
+    """Whether a bias of this shape is the same for every row: [], [1], [C], [1, C]."""
+    return all(n == 1 for n in shape[:-1]) and all(n in (1, channels) for n in shape[-1:])
 
 
 def _varies(tensor: gs.Tensor) -> bool:

@@ -321,14 +321,12 @@ def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding
 
     Args:
         encoding: Of the weight, per tensor or per channel.
-        bias: One value per output channel.
+        bias: One value per output channel, or one for all.
         x_scale: Scale of the layer's input.
     """
     needed = np.abs(np.asarray(bias, np.float64).reshape(-1)) / (x_scale * BIAS_LIMIT)
     if encoding.axis is None:
         needed = needed.max(initial=0.0)
-    elif needed.shape != encoding.scale.shape:
-        return encoding
     if np.all(needed <= encoding.scale):
         return encoding
     return replace(

@@ -513,3 +513,14 @@ def test_a_branch_reads_what_its_activation_would_have_taken():
         for level in ("disabled", "all"):
             got = run(after, feed, level)
             assert min(sqnr(wanted[n], got[n]) for n in wanted) >= 25
+
+
+@pytest.mark.parametrize("shape", ["[2,5]", "[2,1]"])
+def test_a_bias_that_differs_from_row_to_row_leaves_its_gemm_in_float(shape):
+    text = f"g (float[2,6] x) => (float[] y) <float[6,5] w, float{shape} b> {{ y = Gemm(x, w, b) }}"
+    proto = parse(text)
+    after, report = quantized(proto)
+    assert ops(after) == ["Gemm"]
+    assert any("one value per output channel" in skip.why for _, skip in report.skipped)
+    feed = samples(proto)[0]
+    np.testing.assert_array_equal(run(after, feed)["y"], run(proto, feed)["y"])
