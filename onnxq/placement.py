@@ -49,7 +49,7 @@ class Placement:
         tensors: Names of the activations that get an encoding, in graph order.
         bounds: Tensor -> the bounds of the Relu or Clip that its encoding takes over.
         moves: (input, output) names that must have the same encoding.
-        joins: (inputs, output) names of each Concat in integers.
+        joins: (inputs, output) names of each Concat in integers, constants included.
         exits: Result of a Conv that only float nodes read -> name of the Conv.
     """
 
@@ -341,7 +341,7 @@ class _Placer:
                 result.moves += [(data[0].name, t.name) for t in node.outputs if t.name in wanted]
             if kernel.role == "join":
                 end = self.ends.of(node.outputs[0], kernel)
-                result.joins.append(([t.name for t in data], end.name))
+                result.joins.append(([t.name for t in node.inputs], end.name))
         result.tensors = list(wanted)
         return result
 

@@ -47,6 +47,7 @@ class Calibrate:
     1. A tensor that only moves data (Reshape, MaxPool, Pad...) has the encoding of its source.
     2. The inputs of a Concat take the encoding of its result, unless that would undo a Relu or
        Clip of theirs or coarsen them for their other readers; those are requantized instead.
+       Its constants keep one of their own.
     3. The range after a Relu or Clip stays within its bounds, so that the runtime can drop it.
     4. The result of a Conv that only float nodes read (a model's output, a float activation) has a
        scale and zero point per channel: the runtime multiplies them into the weight's scales, so
@@ -202,25 +203,40 @@ class _Activations:
         self.source = {name: name for name in placement.tensors}
         for name, result in placement.moves:
             self.source[result] = self.source[name]
-        joined = {out: names for names, out in placement.joins if out not in placement.bounds}
+        # a Concat of activations alone has the statistics of its inputs
+        joined = {
+            out
+            for names, out in placement.joins
+            if out not in placement.bounds and all(n in self.source for n in names)
+        }
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
         measured = ctx.statistics(model, observed, histogram=histogram)
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
-        self.readers = {n: len(consumers(t)) for n, t in model.tensors().items()}
+        self.readers = self._count_readers(model)
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
         for names, out in placement.joins:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
 
+    def _count_readers(self, model: Model) -> dict[str, int]:
+        """How many read a tensor, or what is only moved from it; the model's outputs count."""
+        nodes, tensors = self.placement.nodes, model.tensors()
+        readers = dict.fromkeys(self.source.values(), 0)
+        for name, root in self.source.items():
+            readers[root] += model.is_output(tensors[name])
+            for node in consumers(tensors[name]):
+                kernel = nodes.get(node.name)
+                readers[root] += kernel is None or kernel.role != "move"
+        return readers
+
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
         for names, out in reversed(self.placement.joins):
             joint = encodings[self.source[out]]
-            for name in names:
-                root = self.source[name]
+            for root in dict.fromkeys(self.source[n] for n in names if n in self.source):
                 if self._may_share(root, encodings[root], joint):
                     encodings[root] = joint
         return {name: encodings[root] for name, root in self.source.items()}

@@ -524,3 +524,18 @@ def test_a_bias_that_differs_from_row_to_row_leaves_its_gemm_in_float(shape):
     assert any("one value per output channel" in skip.why for _, skip in report.skipped)
     feed = samples(proto)[0]
     np.testing.assert_array_equal(run(after, feed)["y"], run(proto, feed)["y"])
+
+
+def test_a_concat_with_a_large_constant_keeps_it():
+    text = (
+        f"{X} <float[4,4,1,1] w, float[1,4,1,1] k, int64[4] r, float[4,8,1,1] v>"
+        "{ c = Conv(x, w) e = Expand(k, r) s = Concat<axis=1>(c, e) y = Conv(s, v) }"
+    )
+    proto = parse(
+        text.replace("[N,", "[2,"), k=50 * np.arange(4).reshape(1, 4, 1, 1), r=[2, 4, 8, 8]
+    )
+    after, _ = quantized(proto)
+    feed = samples(proto)[0]
+    wanted = run(proto, feed)["y"]
+    for level in ("disabled", "all"):
+        assert sqnr(wanted, run(after, feed, level)["y"]) >= 30
