@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -91,8 +91,9 @@ class Calibrate:
             if layer.name in placement.float_nodes:
                 changes.skip(layer.name, placement.float_nodes[layer.name])
         _check_constants(model, placement)
-        activations = _Activations(self, model, placement, ctx).encode()
-        activations.update(self._encode_exits(model, placement, ctx))
+        measured = _Activations(self, model, placement, ctx)
+        activations = measured.encode()
+        activations.update(self._encode_exits(model, measured, ctx))
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
@@ -100,19 +101,21 @@ class Calibrate:
         return changes
 
     def _encode_exits(
-        self, model: Model, placement: Placement, ctx: Context
+        self, model: Model, measured: _Activations, ctx: Context
     ) -> dict[str, Encoding]:
         """Encodings per channel for results of convolutions that leave the integers."""
         dtype = Format.parse(self.activations).dtype
-        names = [
-            n for n in placement.exits if placement.bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)
-        ]
-        found = {}
         if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
             return {}
-        tensors = model.tensors()
-        shapes = {n: tensors[n].shape or () for n in names}
-        names = [n for n in names if _many_values(shapes[n][2:])]
+        bounds = measured.placement.bounds
+        channels = {layer.name: layer.output_channels for layer in model.layers()}
+        names = [
+            name
+            for name, conv in measured.placement.exits.items()
+            if bounds.get(name, (0.0, np.inf)) == (0.0, np.inf)
+            and _many_values(measured.statistics[name], channels[conv])
+        ]
+        found = {}
         for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
             low, high = _with_margin(low, high)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
@@ -177,13 +180,13 @@ class Calibrate:
         )
 
 
-def _many_values(spatial: Sequence[object]) -> bool:
-    """Whether the samples give each channel enough values to believe its range.
+def _many_values(seen: TensorStatistics, channels: int) -> bool:
+    """Whether the samples gave each channel enough values to believe its range.
 
     A class that no sample belongs to has shown none of its large logits.
     """
-    sizes = [s if isinstance(s, int) else MANY_VALUES for s in spatial]
-    return bool(CHANNEL_SAMPLES * np.prod(sizes, initial=1) >= MANY_VALUES)
+    share = min(1.0, CHANNEL_SAMPLES / max(seen.batches, 1))
+    return share * seen.count >= MANY_VALUES * channels
 
 
 def _with_margin(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
