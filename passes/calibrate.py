@@ -133,22 +133,27 @@ class Calibrate:
                 self._encode_weight(model, layer, model.encodings.get(end.name))
                 count += 1
                 continue
-            for tensor in data_inputs(node, placement.nodes[node.name]):
-                if isinstance(tensor, gs.Constant) and tensor.name not in model.encodings:
-                    values = finite(model, tensor)
-                    dtype = Format.parse(self.activations).dtype
-                    model.encodings[tensor.name] = Encoding.of_range(
-                        values.min(initial=0), values.max(initial=0), dtype
-                    )
+            for index, tensor in enumerate(data_inputs(node, placement.nodes[node.name])):
+                if isinstance(tensor, gs.Constant):
+                    self._encode_operand(model, node, index, tensor)
         return count
+
+    def _encode_operand(self, model: Model, node: gs.Node, index: int, tensor: gs.Constant) -> None:
+        """Of a constant that is added, multiplied or joined: as activations are written."""
+        values = finite(model, tensor)
+        dtype = Format.parse(self.activations).dtype
+        encoding = Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
+        if model.encodings.get(tensor.name, encoding) != encoding:  # it is a weight, too
+            tensor = node.inputs[index] = model.constant(f"{tensor.name}.{node.name}", values)
+        model.encodings[tensor.name] = encoding
 
     def _encode_weight(self, model: Model, layer: Layer, leaving: Encoding | None) -> None:
         """Of the weight of a layer, given the encoding of the layer's result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
         encoding = self._weight_encoding(layer, values)
-        if known is not None and known.axis != encoding.axis:
-            layer.set_weight(values)  # a copy: another layer reads it along another axis
+        if known is not None and (known.dtype, known.axis) != (encoding.dtype, encoding.axis):
+            layer.set_weight(values)  # a copy: it is read along another axis, or as an activation
             known = None
         if known is not None:
             encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))

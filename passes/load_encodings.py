@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import onnx_graphsurgeon as gs
+
 from onnxq import encodings_json
+from onnxq.encoding import Encodings
 from onnxq.errors import RecipeError, did_you_mean
 from onnxq.model import Model
 from onnxq.pass_manager import Changes, Context
@@ -36,6 +39,7 @@ class LoadEncodings:
         changes = Changes()
         model.raise_opset(13)
         encodings = encodings_json.load(self.path)
+        _copy_shared(model, encodings)
         known = [*model.tensors()]
         nodes = [n.name for n in model.graph.nodes]
         for name, names, kind in (
@@ -51,3 +55,13 @@ class LoadEncodings:
         model.encodings = encodings
         changes.add(f"{len(encodings)} encodings from {self.path}")
         return changes
+
+
+def _copy_shared(model: Model, encodings: Encodings) -> None:
+    """Give nodes the copies of shared constants that calibrate made, by the names it gave them."""
+    known = model.tensors()
+    for node in model.graph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            name = f"{tensor.name}.{node.name}"
+            if isinstance(tensor, gs.Constant) and name in encodings and name not in known:
+                node.inputs[index] = model.constant(name, model.array(tensor))
