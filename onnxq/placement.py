@@ -123,6 +123,18 @@ def gate_factor(node: gs.Node) -> int | None:
     return None
 
 
+def evens_gate(node: gs.Node) -> bool:
+    """Whether the node is the product x * t in a gate (x * t) * f(x), t constant."""
+    readers = consumers(node.outputs[0])
+    if node.op != "Mul" or [r.op for r in readers] != ["Mul"]:
+        return False
+    gates = [producer(t) for t in readers[0].inputs]
+    return any(
+        g is not None and g.op in GATES and any(g.inputs[0] is t for t in node.inputs)
+        for g in gates
+    )
+
+
 class Ends:
     """Where the encoding of a result stands: behind the Relu or Clip that quantizing takes over.
 
@@ -235,6 +247,8 @@ class _Placer:
         if kernel.role == "layer":
             return self._unfit_layer(node)
         if kernel.role == "elementwise" and any(not _varies(t) for t in data):
+            if evens_gate(node):
+                return "with one scale for all it could not even out the channels of its gate"
             if any(self._wide(t) for t in data if not _varies(t)):
                 return "one scale for its constant would round the small values away"
             source = next(t for t in data if _varies(t))
