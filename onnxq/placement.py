@@ -25,6 +25,7 @@ from onnxq.targets import Kernel, Target
 __all__ = [
     "Placement",
     "absorbed",
+    "ceiling",
     "data_inputs",
     "gate_factor",
     "integer_nodes",
@@ -131,6 +132,26 @@ def absorbed(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
     return node if activation_bounds(model, node) is not None else None
 
 
+def ceiling(model: Model, tensor: gs.Tensor) -> gs.Node | None:
+    """The Min with one bound per channel that alone reads the result of a Relu; None if none does.
+
+    Behind a convolution in integers it costs one integer Add: the convolution saturates where the
+    bounds are, once each channel is shifted up to the end of the grid.
+    """
+    before, readers = producer(tensor), consumers(tensor)
+    if before is None or before.op != "Relu" or len(readers) != 1 or model.is_output(tensor):
+        return None
+    node = readers[0]
+    if node.op != "Min" or len(node.inputs) != 2 or node.inputs[0] is not tensor:
+        return None
+    bounds = node.inputs[1]
+    if not isinstance(bounds, gs.Constant) or tensor.shape is None:
+        return None
+    shape = tuple(bounds.shape)
+    per_channel = len(shape) == len(tensor.shape) - 1 and shape[1:] == (1,) * (len(shape) - 1)
+    return node if per_channel and (model.array(bounds) > 0).all() else None
+
+
 def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
     """The nodes that the encodings of the model let run in integers."""
     found = {}
@@ -180,6 +201,13 @@ class _Placer:
                 self.nodes[id(node)] = node
             else:
                 self.reasons[node.name] = why
+        # tensor that gets the encoding -> the node that it is the result of
+        self.origins = {
+            id(_end(model, t, self.kernel(n))): n
+            for n in self.nodes.values()
+            for t in n.outputs
+            if t.name
+        }
 
     def kernel(self, node: gs.Node) -> Kernel:
         return self.target.kernels[node.op]
@@ -289,24 +317,15 @@ class _Placer:
 
     def _arrives(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is there as integers anyhow, or costs little to be (inputs)."""
-        while True:
-            node = producer(tensor)
-            if node is None:
-                return True
-            if node.op in ops.ACTIVATIONS and producer(node.inputs[0]) is not None:
-                before = producer(node.inputs[0])
-                if (
-                    before is not None
-                    and id(before) in self.nodes
-                    and _end(self.model, node.inputs[0], self.kernel(before)) is tensor
-                ):
-                    node = before
-            if id(node) not in self.nodes:
+        while producer(tensor) is not None:
+            node = self.origins.get(id(tensor))
+            if node is None or id(node) not in self.nodes:
                 return False
             kernel = self.kernel(node)
             if kernel.role != "move":
                 return not kernel.float_output or self._read(tensor)
             tensor = node.inputs[0]
+        return True
 
     # -------------------------------------------------------------- what follows
 
@@ -340,7 +359,9 @@ class _Placer:
         if kernel.float_output and not self._read(end):
             return
         wanted[end.name] = None
-        if node.op == "Conv" and not self._read(end):
+        before = producer(end)
+        lowered = before is not None and before.op == "Min"
+        if node.op == "Conv" and not lowered and not self._read(end):
             result.exits[end.name] = node.name
         if end is not tensor:
             activation = tensor.outputs[0]
@@ -348,12 +369,19 @@ class _Placer:
             if bounds is not None:
                 result.bounds[end.name] = bounds
             self.reasons.pop(activation.name, None)
+            if before is not None:
+                self.reasons.pop(before.name, None)
 
 
 def _end(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
     """The tensor that gets the encoding: after the activation that it takes over."""
     activation = absorbed(model, tensor, kernel)
-    return tensor if activation is None else activation.outputs[0]
+    if activation is None:
+        return tensor
+    result = activation.outputs[0]
+    before = producer(tensor)
+    bounds = None if before is None or before.op != "Conv" else ceiling(model, result)
+    return result if bounds is None else bounds.outputs[0]
 
 
 def _varies(tensor: gs.Tensor) -> bool:
