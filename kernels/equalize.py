@@ -16,8 +16,10 @@ def equalize(
     classes: np.ndarray,
     members: np.ndarray,
     sites: np.ndarray,
+    tops: np.ndarray,
     fixed: np.ndarray,
     scale: np.ndarray,
+    by_weight: bool,
     sweeps: int,
     tolerance: float,
     largest: float,
@@ -25,8 +27,8 @@ def equalize(
     """Find the scales at which rows and columns of all layers are equally large; in place.
 
     Class i of channels is divided by scale[i] where it is put out and multiplied by it where it is
-    read.  The step for a class is sqrt(r1 / r2), r1 the largest magnitude of its rows, r2 that of
-    its columns, each as a share of its layer's largest.
+    read.  The step for a class is sqrt(r1 / r2), r1 the largest magnitude of its rows or of its
+    activations, r2 that of its columns, each as a share of the largest of its layer.
 
     Args:
         weights: Largest magnitude per output and input channel of each layer, float64, row by row,
@@ -38,8 +40,11 @@ def equalize(
         members: int64 [M, 2]: layer, and 0 if it puts the classes of the site out or 1 if it reads
             them.
         sites: Where the members of each site start, int64 [S + 1].
+        tops: Largest magnitude of the activation of each output channel, 0 where it is not to count,
+            float64 like `classes`.
         fixed: Classes that keep their scale, bool [classes].
         scale: float64 [classes], changed.
+        by_weight: Whether the rows of the weights count.
         sweeps: At most so many sweeps over the sites.
         tolerance: Stop when no scale changed by more than this in a sweep, as |log|.
         largest: Scales stay between 1 / largest and largest.
@@ -68,7 +73,9 @@ def equalize(
                     layers[members[m, 0]],
                     classes,
                     scale,
+                    tops,
                     members[m, 1],
+                    by_weight,
                     columns if members[m, 1] == 1 else rows,
                 )
             for m in range(sites[site], sites[site + 1]):
@@ -95,7 +102,9 @@ def _measure(
     layer: np.ndarray,
     classes: np.ndarray,
     scale: np.ndarray,
+    tops: np.ndarray,
     side: int,
+    by_weight: bool,
     found: np.ndarray,
 ) -> None:
     """Raise found[class] to the largest magnitude of each row or column, shares of the layer's."""
@@ -112,9 +121,17 @@ def _measure(
             c = o if side == 0 else first + k
             largest[c] = max(largest[c], value)
             top = max(top, value)
-    if top <= 0.0:
-        return
     offset = out if side == 0 else into
+    if top > 0.0 and (by_weight or side == 1):
+        for c in range(channels):
+            i = classes[offset + c]
+            found[i] = max(found[i], largest[c] / top)
+    if side == 1:
+        return
+    top = 0.0
+    for c in range(channels):
+        top = max(top, tops[offset + c] / scale[classes[offset + c]])
     for c in range(channels):
         i = classes[offset + c]
-        found[i] = max(found[i], largest[c] / top)
+        if top > 0.0:
+            found[i] = max(found[i], tops[offset + c] / scale[i] / top)

@@ -56,7 +56,9 @@ class InsertQDQ:
         changes = Changes()
         model.raise_opset(13)
         nodes = integer_nodes(model, ctx.target)
-        if any([_lower_ceiling(model, n, changes) for n in [*model.graph.nodes] if n.name in nodes]):
+        if any(
+            [_lower_ceiling(model, n, changes) for n in [*model.graph.nodes] if n.name in nodes]
+        ):
             nodes = integer_nodes(model, ctx.target)
         if not nodes:
             changes.skip("model", "no operator that the target runs in integers has encodings")
