@@ -16,6 +16,7 @@ from onnxq import encodings_json, recipe
 from onnxq.analysis import cost, error, fusion, latency
 from onnxq.calibration import Calibration, Samples
 from onnxq.errors import ModelError, OnnxqError, RecipeError
+from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
 from onnxq.pass_manager import Context, Pass, PassManager
 from onnxq.passes import Calibrate, LoadEncodings
@@ -135,7 +136,8 @@ def run(
     )
     after = before.clone()
     manager = PassManager(*chosen.passes)
-    manager.apply(after, ctx)
+    with announced(ctx.progress.say):
+        manager.apply(after, ctx)
     report = ctx.report
     report.notes[:0] = after.notes
     after.set_metadata("onnxq.version", __version__)

@@ -143,8 +143,7 @@ def quantize(
         raise click.UsageError("give samples (--calib PATH) or encodings (--encodings FILE)")
     from onnxq import api, encodings_json
 
-    with _started(quiet) as progress:
-        model, report = api.quantize(source, destination, calib, progress=progress, **given)
+    model, report = api.quantize(source, destination, calib, progress=_progress(quiet), **given)
     if save_encodings is not None:
         encodings_json.save(model.encodings, save_encodings)
     _finish(report, source, destination, json_file, quiet)
@@ -183,8 +182,7 @@ def run(
     """
     from onnxq import api
 
-    with _started(quiet) as progress:
-        _, report = api.run(recipe, source, destination, calib, progress=progress, **given)
+    _, report = api.run(recipe, source, destination, calib, progress=_progress(quiet), **given)
     _finish(report, source, destination, json_file, quiet)
 
 
@@ -204,8 +202,7 @@ def compare(
     """
     from onnxq import api, tables
 
-    with _started(quiet) as progress:
-        result = api.compare(reference, other, data, progress=progress, **given)
+    result = api.compare(reference, other, data, progress=_progress(quiet), **given)
     _write_json(json_file, result.to_dict())
     if not quiet:
         tables.comparison(result)
@@ -246,28 +243,12 @@ def passes(name: str | None) -> None:
 # ---------------------------------------------------------------------- parts
 
 
-class _started:  # noqa: N801 - reads like a function in a with statement
-    """Progress for a command, and a word while Numba compiles for the first time."""
+def _progress(quiet: bool) -> Progress:
+    from onnxq.progress import Bar, Lines, Silent
 
-    def __init__(self, quiet: bool) -> None:
-        from onnxq.progress import Bar, Lines, Silent
-
-        self.progress: Progress
-        if quiet:
-            self.progress = Silent()
-        else:
-            self.progress = Bar() if sys.stderr.isatty() else Lines()
-
-    def __enter__(self) -> Progress:
-        from onnxq.statistics import needs_compilation, warm_up
-
-        if needs_compilation():
-            self.progress.say("compiling kernels, once for this installation...")
-            warm_up()
-        return self.progress
-
-    def __exit__(self, *exc: object) -> None:
-        return None
+    if quiet:
+        return Silent()
+    return Bar() if sys.stderr.isatty() else Lines()
 
 
 def _finish(
