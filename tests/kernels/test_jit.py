@@ -11,6 +11,8 @@ import pytest
 
 import onnxq
 from onnxq.kernels import _jit, observe
+from onnxq.pass_manager import Changes
+from onnxq.progress import Silent
 from tests.models import feeds, parse
 
 KERNELS = Path(__file__).parents[2] / "kernels"
@@ -89,6 +91,24 @@ def test_compilation_that_is_not_kept_is_announced_as_such(fresh, monkeypatch):
     monkeypatch.setattr(numba, "njit", refuses)
     for _ in range(2):
         assert fresh.said() == ["compiling kernels, at every run, as no cache keeps them..."]
+
+
+def test_passes_from_python_announce_it_too(fresh):
+    class Doubling:
+        name = "doubling"
+
+        def apply(self, model, ctx):
+            importlib.import_module("fresh").double(2.0)
+            return Changes()
+
+    class Listener(Silent):
+        def say(self, line):
+            said.append(line)
+
+    said = []
+    model = parse("g (float[1,2] x) => (float[1,2] y) { y = Relu(x) }")
+    onnxq.PassManager(Doubling(), Doubling())(model, progress=Listener())
+    assert said == ["compiling kernels, once for this installation..."]
 
 
 def test_other_compilation_is_not_announced(fresh):
