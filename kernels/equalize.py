@@ -40,8 +40,8 @@ def equalize(
         members: int64 [M, 2]: layer, and 0 if it puts the classes of the site out or 1 if it reads
             them.
         sites: Where the members of each site start, int64 [S + 1].
-        tops: Largest magnitude of the activation of each output channel, 0 where it is not to count,
-            float64 like `classes`.
+        tops: Largest magnitude of the activation of each output channel, 0 where it is not to
+            count, float64 like `classes`.
         fixed: Classes that keep their scale, bool [classes].
         scale: float64 [classes], changed.
         by_weight: Whether the rows of the weights count.

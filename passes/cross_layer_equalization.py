@@ -46,6 +46,9 @@ class CrossLayerEqualization:
     a subgraph), shared or computed weights.
 
     Args:
+        balance: What counts as the size of a channel where it is put out: "weights" is the paper's
+            rule; "activations" the largest magnitude on the samples, for weights that have a scale
+            per channel anyhow; "both" the larger share of the two, for one scale per tensor.
         ceilings: What becomes of Clip(0, bound): "exact" as above; "keep" leaves it and the
             channels that go through it alone.
         sweeps: At most so many rounds over the layers.

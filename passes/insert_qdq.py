@@ -37,7 +37,7 @@ class InsertQDQ:
     5. An encoding per channel of a Conv's result is multiplied into the scales of its weight; Q
        then has scale 1, and DQ the scales of the channels.
     6. An output of the model keeps its name.
-    7. A bound per channel after a Relu (Min with a constant) becomes the saturation of the integers:
+    7. A bound per channel after a Relu (Min with a constant) becomes the saturation of integers:
        the bias shifts each channel up until its bound is the end of the grid, and an Add of the
        negative shifts, which saturates at zero, brings it back.  That is within half a step::
 
@@ -56,9 +56,10 @@ class InsertQDQ:
         changes = Changes()
         model.raise_opset(13)
         nodes = integer_nodes(model, ctx.target)
-        if any(
-            [_lower_ceiling(model, n, changes) for n in [*model.graph.nodes] if n.name in nodes]
-        ):
+        lowered = [
+            _lower_ceiling(model, n, changes) for n in [*model.graph.nodes] if n.name in nodes
+        ]
+        if any(lowered):
             nodes = integer_nodes(model, ctx.target)
         if not nodes:
             changes.skip("model", "no operator that the target runs in integers has encodings")

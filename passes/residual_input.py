@@ -24,16 +24,16 @@ class ResidualInput:
     handful of steps, and no later layer can mend that.  The residue of quantization is known,
     though, and may go through the same integer convolution as further input channels::
 
-        x -> Conv(W)          x ----------------------------------> Concat -> Conv([W, W / R])
-                               \-> Q -> DQ -> (x - .) * R ---------/
+        x -> Conv(W)         x -> Q -> DQ -> q ---------> Concat -> Conv([W, W / R])
+                              \-- (x - q) * R -----------/
 
-        W x  =  W Q(x) + W (x - Q(x))  ~  W Q(x) + (W / R) Q(R (x - Q(x)))
+        W x  =  W q + (W / R) (R (x - q))
 
     Both halves are on the grid of the input, so the noise of the input falls to 1 / R; W / R is
     rounded on the grid of W, which costs little, as the residue is small.  The convolution has
     twice the multiply-adds, so this is done only where the input's own grid is too coarse.
 
-    Declined, with the reason: inputs that something else than one convolution reads, and grouped
+    Refused, with the reason: inputs that something else than one convolution reads, and grouped
     convolutions.
 
     Args:
@@ -121,7 +121,7 @@ class ResidualInput:
                 ),
                 gs.Node("Sub", f"{name}.subtract", {}, [tensor, coarse], [residue]),
                 gs.Node("Mul", f"{name}.multiply", {}, [residue, magnify], [large]),
-                gs.Node("Concat", f"{name}.join", {"axis": 1}, [tensor, large], [both]),
+                gs.Node("Concat", f"{name}.join", {"axis": 1}, [coarse, large], [both]),
             ]
         )
 
