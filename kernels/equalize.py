@@ -40,7 +40,7 @@ def equalize(
         members: int64 [M, 2]: layer, and 0 if it puts the classes of the site out or 1 if it reads
             them.
         sites: Where the members of each site start, int64 [S + 1].
-        tops: Largest magnitude of the activation of each output channel, 0 where it is not to
+        tops: Largest magnitude of the activation of each input channel, 0 where it is not to
             count, float64 like `classes`.
         fixed: Classes that keep their scale, bool [classes].
         scale: float64 [classes], changed.
@@ -68,16 +68,12 @@ def equalize(
                     rows[classes[offset + c]] = 0.0
                     columns[classes[offset + c]] = 0.0
             for m in range(sites[site], sites[site + 1]):
-                _measure(
-                    weights,
-                    layers[members[m, 0]],
-                    classes,
-                    scale,
-                    tops,
-                    members[m, 1],
-                    by_weight,
-                    columns if members[m, 1] == 1 else rows,
-                )
+                layer, side = layers[members[m, 0]], members[m, 1]
+                if by_weight or side == 1:
+                    found = columns if side == 1 else rows
+                    _measure(weights, layer, classes, scale, side, found)
+                if side == 1:
+                    _measure_activations(tops, layer, classes, scale, rows)
             for m in range(sites[site], sites[site + 1]):
                 if members[m, 1] == 1:
                     continue
@@ -102,9 +98,7 @@ def _measure(
     layer: np.ndarray,
     classes: np.ndarray,
     scale: np.ndarray,
-    tops: np.ndarray,
     side: int,
-    by_weight: bool,
     found: np.ndarray,
 ) -> None:
     """Raise found[class] to the largest magnitude of each row or column, shares of the layer's."""
@@ -121,17 +115,30 @@ def _measure(
             c = o if side == 0 else first + k
             largest[c] = max(largest[c], value)
             top = max(top, value)
-    offset = out if side == 0 else into
-    if top > 0.0 and (by_weight or side == 1):
-        for c in range(channels):
-            i = classes[offset + c]
-            found[i] = max(found[i], largest[c] / top)
-    if side == 1:
+    if top <= 0.0:
         return
+    offset = out if side == 0 else into
+    for c in range(channels):
+        i = classes[offset + c]
+        found[i] = max(found[i], largest[c] / top)
+
+
+@kernel
+def _measure_activations(
+    tops: np.ndarray,
+    layer: np.ndarray,
+    classes: np.ndarray,
+    scale: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """Raise found[class] to the largest magnitude of each input channel, shares of the tensor's."""
+    offset = layer[5]
+    channels = layer[1] // layer[3] * layer[2]
     top = 0.0
     for c in range(channels):
         top = max(top, tops[offset + c] / scale[classes[offset + c]])
+    if top <= 0.0:
+        return
     for c in range(channels):
         i = classes[offset + c]
-        if top > 0.0:
-            found[i] = max(found[i], tops[offset + c] / scale[i] / top)
+        found[i] = max(found[i], tops[offset + c] / scale[i] / top)

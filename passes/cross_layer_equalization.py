@@ -95,12 +95,18 @@ class CrossLayerEqualization:
         return changes
 
     def _activations(self, model: Model, coupling: Coupling, ctx: Context) -> dict[str, np.ndarray]:
-        """Largest magnitude of the activation of each channel, by layer."""
+        """Largest magnitude of each channel of what layers read, by tensor."""
         if self.balance == "weights":
             return {}
-        names = {s.layer.result.name: s.layer.name for s in coupling.outputs}
-        found = ctx.channel_ranges(model, [*names])
-        return {names[n]: np.maximum(-low, high) for n, (low, high) in found.items()}
+        tensors = {s.layer.x.name: s.layer.x for s in coupling.inputs}
+        # channels along axis 1
+        names = [
+            s.layer.x.name
+            for s in coupling.inputs
+            if s.layer.op == "Conv" or len(tensors[s.layer.x.name].shape or ()) == 2
+        ]
+        found = ctx.channel_ranges(model, list(dict.fromkeys(names)))
+        return {n: np.maximum(-low, high) for n, (low, high) in found.items()}
 
     def _solve(
         self, coupling: Coupling, activations: dict[str, np.ndarray]
@@ -159,7 +165,7 @@ class _Packed:
             for side in sides:
                 table[index[id(side.layer.node)], column] = offset
                 classes.append(side.classes)
-                top = activations.get(side.layer.name) if column == 4 else None
+                top = activations.get(side.layer.x.name) if column == 5 else None
                 tops.append(np.zeros(side.classes.size) if top is None else top)
                 offset += side.classes.size
         members = [(index[id(s.layer.node)], role) for site in sites for s, role in site]
