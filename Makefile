@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
 RUN := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ bench: $(DEV) ## run every script of benchmarks/; some need ONNXQ_ZOO
 	@for script in $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py))); do \
 		echo "== $$script"; $(BIN)/python $$script || exit 1; \
 	done
+
+docs: $(RUN) ## write docs/cli.md and docs/passes.md from the code
+	@$(BIN)/python docs/generate.py
 
 clean: ## remove what builds and runs leave behind; .venv stays
 	rm -rf build dist *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

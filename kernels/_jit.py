@@ -18,14 +18,15 @@ many processes while one of them writes it: compile in the parent before workers
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, overload
 
 import numba
+import numpy as np
+from numba.core import event
 
-__all__ = ["kernel", "needs_compilation"]
+__all__ = ["announced", "kernel", "read_only"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _CACHE = os.environ.get("ONNXQ_NUMBA_CACHE", "1") != "0"
@@ -67,23 +68,37 @@ def kernel(function: Any = None, /, *, any_order: bool = False, parallel: bool =
     return compiled if function is None else compiled(function)
 
 
-def needs_compilation(*modules: ModuleType) -> bool:
-    """Whether a kernel of these modules would have to be compiled at its first call.
+def read_only(array: np.ndarray) -> np.ndarray:
+    """A view for a kernel that only reads.
 
-    Good enough for a word to the user: a cache that another version of Numba left counts as good.
+    To Numba, arrays that may and that must not be written are of two types, and a kernel would be
+    compiled for each.
     """
-    names = {module.__name__ for module in modules}
-    return any(not _ready(k) for k in _kernels if k.__module__ in names)
+    view = array.view()
+    view.flags.writeable = False
+    return view
 
 
-def _ready(dispatcher: Any) -> bool:
-    if not hasattr(dispatcher, "signatures") or dispatcher.signatures:
-        return True  # not compiled at all, as NUMBA_DISABLE_JIT wants, or compiled by this process
-    folder = dispatcher.stats.cache_path
-    if folder is None:
-        return False
-    function = dispatcher.py_func
-    source = Path(function.__code__.co_filename)
-    pattern = f"{source.stem}.{function.__qualname__}-{function.__code__.co_firstlineno}.*.nbi"
-    newest = max((f.stat().st_mtime for f in Path(folder).glob(pattern)), default=0.0)
-    return newest >= source.stat().st_mtime
+@contextmanager
+def announced(say: Callable[[str], None]) -> Iterator[None]:
+    """Tell the user, once, if kernels are compiled within: that takes seconds."""
+    with event.install_listener("numba:compile", _Announcer(say)):
+        yield
+
+
+class _Announcer(event.Listener):
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.said = False
+
+    def on_start(self, event: event.Event) -> None:
+        compiling = event.data["dispatcher"]
+        if self.said or not any(k is compiling for k in _kernels):
+            return
+        self.said = True
+        kept = compiling.stats.cache_path is not None
+        when = "once for this installation" if kept else "at every run, as no cache keeps them"
+        self.say(f"compiling kernels, {when}...")
+
+    def on_end(self, event: event.Event) -> None:
+        pass

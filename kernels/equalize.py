@@ -16,8 +16,10 @@ def equalize(
     classes: np.ndarray,
     members: np.ndarray,
     sites: np.ndarray,
+    tops: np.ndarray,
     fixed: np.ndarray,
     scale: np.ndarray,
+    by_weight: bool,
     sweeps: int,
     tolerance: float,
     largest: float,
@@ -25,8 +27,8 @@ def equalize(
     """Find the scales at which rows and columns of all layers are equally large; in place.
 
     Class i of channels is divided by scale[i] where it is put out and multiplied by it where it is
-    read.  The step for a class is sqrt(r1 / r2), r1 the largest magnitude of its rows, r2 that of
-    its columns, each as a share of its layer's largest.
+    read.  The step for a class is sqrt(r1 / r2), r1 the largest magnitude of its rows or of its
+    activations, r2 that of its columns, each as a share of the largest of its layer.
 
     Args:
         weights: Largest magnitude per output and input channel of each layer, float64, row by row,
@@ -38,8 +40,11 @@ def equalize(
         members: int64 [M, 2]: layer, and 0 if it puts the classes of the site out or 1 if it reads
             them.
         sites: Where the members of each site start, int64 [S + 1].
+        tops: Largest magnitude of the activation of each input channel, 0 where it is not to
+            count, float64 like `classes`.
         fixed: Classes that keep their scale, bool [classes].
         scale: float64 [classes], changed.
+        by_weight: Whether the rows of the weights count.
         sweeps: At most so many sweeps over the sites.
         tolerance: Stop when no scale changed by more than this in a sweep, as |log|.
         largest: Scales stay between 1 / largest and largest.
@@ -63,14 +68,12 @@ def equalize(
                     rows[classes[offset + c]] = 0.0
                     columns[classes[offset + c]] = 0.0
             for m in range(sites[site], sites[site + 1]):
-                _measure(
-                    weights,
-                    layers[members[m, 0]],
-                    classes,
-                    scale,
-                    members[m, 1],
-                    columns if members[m, 1] == 1 else rows,
-                )
+                layer, side = layers[members[m, 0]], members[m, 1]
+                if by_weight or side == 1:
+                    found = columns if side == 1 else rows
+                    _measure(weights, layer, classes, scale, side, found)
+                if side == 1:
+                    _measure_activations(tops, layer, classes, scale, rows)
             for m in range(sites[site], sites[site + 1]):
                 if members[m, 1] == 1:
                     continue
@@ -118,3 +121,24 @@ def _measure(
     for c in range(channels):
         i = classes[offset + c]
         found[i] = max(found[i], largest[c] / top)
+
+
+@kernel
+def _measure_activations(
+    tops: np.ndarray,
+    layer: np.ndarray,
+    classes: np.ndarray,
+    scale: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """Raise found[class] to the largest magnitude of each input channel, shares of the tensor's."""
+    offset = layer[5]
+    channels = layer[1] // layer[3] * layer[2]
+    top = 0.0
+    for c in range(channels):
+        top = max(top, tops[offset + c] / scale[classes[offset + c]])
+    if top <= 0.0:
+        return
+    for c in range(channels):
+        i = classes[offset + c]
+        found[i] = max(found[i], tops[offset + c] / scale[i] / top)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq.kernels._jit import kernel
+from onnxq.kernels._jit import kernel, read_only
 
 __all__ = ["add_patch_sums", "gather_patches"]
 
 
-@kernel(any_order=True)
 def add_patch_sums(
     x: np.ndarray,
     window: tuple[int, int, int],
@@ -34,6 +33,19 @@ def add_patch_sums(
         positions: Output sizes.
         out: Sums, float64 [C, *window], added to.
     """
+    _add_patch_sums(read_only(x), window, strides, begin, dilations, positions, out)
+
+
+@kernel(any_order=True)
+def _add_patch_sums(
+    x: np.ndarray,
+    window: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    begin: tuple[int, int, int],
+    dilations: tuple[int, int, int],
+    positions: tuple[int, int, int],
+    out: np.ndarray,
+) -> None:
     samples, channels, depth, height, width = x.shape
     row_sums = np.empty(window[2], np.float64)
     for n in range(samples):
@@ -66,7 +78,6 @@ def add_patch_sums(
                                 out[c, k, i, j] += row_sums[j]
 
 
-@kernel
 def gather_patches(
     x: np.ndarray,
     window: tuple[int, int, int],
@@ -89,6 +100,22 @@ def gather_patches(
         picked: Flat indices into [N, *positions], int64 [P].
         out: Patches, float32 [P, C * window size], in the order of a convolution's weight.
     """
+    _gather_patches(
+        read_only(x), window, strides, begin, dilations, positions, read_only(picked), out
+    )
+
+
+@kernel
+def _gather_patches(
+    x: np.ndarray,
+    window: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    begin: tuple[int, int, int],
+    dilations: tuple[int, int, int],
+    positions: tuple[int, int, int],
+    picked: np.ndarray,
+    out: np.ndarray,
+) -> None:
     _, channels, depth, height, width = x.shape
     plane = positions[1] * positions[2]
     volume = positions[0] * plane

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxq.kernels._jit import kernel
+from onnxq.kernels._jit import kernel, read_only
 
 __all__ = ["gptq", "inverse_factor", "shrink"]
 
@@ -43,7 +43,6 @@ def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:
     return np.ascontiguousarray(np.linalg.solve(upper, np.eye(size)), np.float32)
 
 
-@kernel
 def gptq(
     weight: np.ndarray,
     scale: np.ndarray,
@@ -68,6 +67,19 @@ def gptq(
 
     Source: Frantar et al. 2022 (arXiv 2210.17323).
     """
+    _gptq(weight, read_only(scale), read_only(zero), qmin, qmax, read_only(factor), out)
+
+
+@kernel
+def _gptq(
+    weight: np.ndarray,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    qmin: int,
+    qmax: int,
+    factor: np.ndarray,
+    out: np.ndarray,
+) -> None:
     rows, columns = weight.shape
     for o in range(rows):
         row = weight[o]

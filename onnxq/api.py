@@ -16,6 +16,7 @@ from onnxq import encodings_json, recipe
 from onnxq.analysis import cost, error, fusion, latency
 from onnxq.calibration import Calibration, Samples
 from onnxq.errors import ModelError, OnnxqError, RecipeError
+from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
 from onnxq.pass_manager import Context, Pass, PassManager
 from onnxq.passes import Calibrate, LoadEncodings
@@ -135,7 +136,8 @@ def run(
     )
     after = before.clone()
     manager = PassManager(*chosen.passes)
-    manager.apply(after, ctx)
+    with announced(ctx.progress.say):
+        manager.apply(after, ctx)
     report = ctx.report
     report.notes[:0] = after.notes
     after.set_metadata("onnxq.version", __version__)
@@ -240,7 +242,8 @@ class Inspection:
         plain = dataclasses.asdict(self)
         plain["layers"] = [
             {**layer.cost.to_dict(), "weight_shape": list(layer.weight_shape)}
-            | {"low": layer.low, "high": layer.high, "spread": layer.spread}
+            | {"low": layer.low, "high": layer.high}
+            | {"spread": layer.spread if np.isfinite(layer.spread) else None}
             for layer in self.layers
         ]
         return plain
@@ -318,6 +321,8 @@ def _check_destination(source: Any, destination: str | os.PathLike[str] | None) 
     path = Path(destination)
     if path.is_dir():
         raise OnnxqError("is a folder", where=path, fix="give a file name")
+    if path.exists() and not path.is_file():  # /dev/null, say: renaming onto it would replace it
+        raise OnnxqError("is not a file", where=path, fix="give a file name")
     if not path.parent.is_dir():
         raise OnnxqError("no such folder", where=path.parent, fix="create it first")
     if not isinstance(source, Model) and path.exists() and path.samefile(source):

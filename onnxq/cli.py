@@ -1,12 +1,15 @@
 """The command line: verbs of a few lines each over `onnxq.api`.
 
-Results go to stdout, progress to stderr.  Exit 0: done; 1: a known error, one line; 2: wrong usage.
-Heavy imports live inside the commands, so that help answers at once.
+Results go to stdout, progress to stderr.  Exit 0: done; 1: a known error, one line; 2: wrong usage;
+130: interrupted.  A bug keeps its traceback.  Heavy imports live inside the commands, so that help
+answers at once.
 """
 
 from __future__ import annotations
 
+import inspect as inspection_of
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from onnxq.errors import OnnxqError
+from onnxq.errors import OnnxqError, PassError
 from onnxq.version import __version__
 
 if TYPE_CHECKING:
@@ -23,26 +26,63 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-FILE = click.Path(path_type=Path)
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class _Command(click.Command):
+    """A verb whose help keeps the line breaks of paragraphs that hold indented lines."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = _kept(self.help or "")
 
 
 class _Group(click.Group):
     """Known errors become one line on stderr and exit 1; everything else keeps its traceback."""
 
+    command_class = _Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = _kept(self.help or "")
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except PassError:  # what no pass foresaw is a bug
+            raise
         except OnnxqError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
-            click.echo("error: interrupted; nothing was written", err=True)
+            click.echo("interrupted; no file was left half-written", err=True)
             ctx.exit(130)
 
 
-def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    def decorate(command: Command) -> Command:
+def _kept(text: str) -> str:
+    """Mark paragraphs that hold indented lines with click's sign for `leave as it is`."""
+    paragraphs = inspection_of.cleandoc(text).split("\n\n")
+    return "\n\n".join(f"\b\n{p}" if "\n " in p else p for p in paragraphs)
+
+
+class _Output(click.Path):
+    """A file to write: what would keep it from being written is said before the work is done."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            raise OnnxqError("no such folder", where=path.parent, fix="create it first")
+        if path.exists() and not path.is_file():
+            raise OnnxqError("is not a file", where=path, fix="give the name of a file")
+        return path
+
+
+FILE, NEW_FILE = click.Path(path_type=Path), _Output(path_type=Path)
+COUNT = click.IntRange(min=1)
+
+
+def _options(*decorators: Callable[[Function], Function]) -> Callable[[Function], Function]:
+    def decorate(command: Function) -> Function:
         for decorator in reversed(decorators):
             command = decorator(command)
         return command
@@ -51,75 +91,148 @@ def _options(*decorators: Callable[[Command], Command]) -> Callable[[Command], C
 
 
 _samples = _options(
-    click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Use N samples."),
+    click.option(
+        "--limit",
+        type=COUNT,
+        metavar="N",
+        show_default="all of them",
+        help="Use at most N samples: of a folder, N files spread evenly over it.",
+    ),
     click.option(
         "--preprocess",
         metavar="NAME|FILE",
-        help="For pictures: a preset (imagenet, mobilenet, yolox...) or a TOML file.",
+        help="How pictures become inputs: imagenet, mobilenet, tf, caffe, unit, raw, yolox, yolov5,"
+        " yolov8, or a TOML file. Needed where the samples are pictures.",
     ),
 )
-_common = _options(
-    click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write results as JSON."),
+_output = _options(
     click.option(
-        "--threads",
-        type=click.IntRange(min=0),
-        default=0,
-        metavar="N",
-        help="Threads for onnxruntime; 0: all cores.",
+        "--json",
+        "json_file",
+        type=NEW_FILE,
+        metavar="FILE",
+        help="Also write the results as JSON.",
     ),
-    click.option("--quiet", is_flag=True, help="No progress and no summary."),
+    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+)
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default="0, all cores",
+    metavar="N",
+    help="Threads of onnxruntime.",
 )
 _calib = click.option(
     "--calib",
     type=FILE,
     metavar="PATH",
-    help="Calibration samples: a folder of .npz, .npy or pictures, one .npz or .npy, or"
-    " test_data_set_* folders.",
+    help="Calibration samples: a folder of .npz files (arrays by input name), of .npy files, of"
+    " pictures, or of test_data_set_* folders; or one .npz or .npy with samples stacked along the"
+    " first axis. A hundred typical inputs are plenty, labels are not needed.",
 )
-_target = click.option("--target", metavar="NAME", help="Runtime, default ort-cpu.")
+_target = click.option(
+    "--target",
+    metavar="NAME",
+    show_default="ort-cpu, unless the recipe names one",
+    help="What is to run the model. ort-cpu is onnxruntime on a CPU.",
+)
 _statistics = click.option(
-    "--statistics", type=FILE, metavar="FILE", help="Keep calibration statistics for the next run."
+    "--statistics",
+    type=NEW_FILE,
+    metavar="FILE",
+    help="Keep what was learned from the samples in this file, and start from it the next time, as"
+    " in --statistics in.stats.npz. Delete it when the samples change.",
 )
-_seed = click.option("--seed", type=int, default=0, metavar="N", help="Seed of random choices.")
+_seed = click.option(
+    "--seed",
+    type=int,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Seed of random choices. The same seed, samples and options give the same bytes.",
+)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Results go to stdout, progress to stderr. Exit codes: 0 done, 1 an error that the one"
+    " line on stderr explains, 2 wrong usage, 130 interrupted.",
+)
 @click.version_option(__version__, prog_name="onnxq")
 def main() -> None:
-    r"""Model compression as passes over ONNX graphs.
+    """Model compression as passes over ONNX graphs.
 
-    \b
-    A first run:
-      onnxq quantize in.onnx out.onnx --calib data/
-      onnxq compare in.onnx out.onnx --data data/
+    A first run, with a folder of typical inputs, then a look at what it did:
+      onnxq quantize in.onnx out.onnx --calib samples/
+      onnxq compare in.onnx out.onnx --data samples/
+
+    `onnxq VERB --help` explains a verb with examples.
     """
 
 
-@main.command()
+@main.command(
+    epilog="See also: onnxq compare, to measure the result; onnxq run, for pipelines of your own;"
+    " onnxq passes, for what the passes of a recipe do."
+)
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="OUT", type=FILE)
 @_calib
-@click.option("--recipe", default="default", metavar="NAME|FILE", help="Passes to run.")
+@click.option(
+    "--recipe",
+    default="default",
+    show_default=True,
+    metavar="NAME|FILE",
+    help="The passes to run: default, minmax (the plain scheme, for comparison), or a TOML file.",
+)
 @_target
-@click.option("--weights", metavar="FMT", help="Weights: int8/channel, int8/tensor, uint8...")
-@click.option("--activations", metavar="FMT", help="Activations: uint8 or int8.")
+@click.option(
+    "--weights",
+    metavar="FMT",
+    show_default="int8/channel, or the recipe's",
+    help="Number format of weights: int8/channel (a scale per output channel), int8/tensor,"
+    " uint8/channel or uint8/tensor.",
+)
+@click.option(
+    "--activations",
+    metavar="FMT",
+    show_default="uint8, or the recipe's",
+    help="Number format of activations: uint8, or int8, which onnxruntime does not run in integers"
+    " on x86-64.",
+)
 @click.option(
     "--method",
     metavar="NAME",
-    help="Ranges: minmax, moving-average, percentile, entropy or mse.",
+    show_default="mse, or the recipe's",
+    help="How the range of an activation is chosen: mse (least squared error), entropy,"
+    " percentile, moving-average or minmax (all values).",
 )
 @click.option(
     "--exclude",
     multiple=True,
     metavar="GLOB",
-    help="Node names or operator types that stay in float; repeat for more.",
+    help="Nodes that stay in float, by name or operator type, as in --exclude 'head.*' --exclude"
+    " Softmax. Repeat it for more.",
 )
-@click.option("--encodings", type=FILE, metavar="FILE", help="Use these, do not calibrate.")
-@click.option("--save-encodings", type=FILE, metavar="FILE", help="Write the encodings used.")
+@click.option(
+    "--encodings",
+    type=FILE,
+    metavar="FILE",
+    help="Take scales and zero points from this JSON file instead of choosing them. Without"
+    " --calib, this needs a recipe that reads no samples, such as minmax.",
+)
+@click.option(
+    "--save-encodings",
+    type=NEW_FILE,
+    metavar="FILE",
+    help="Write the scales and zero points that were used, for --encodings.",
+)
 @_samples
 @_statistics
 @_seed
-@_common
+@_threads
+@_output
 def quantize(
     source: Path,
     destination: Path,
@@ -129,28 +242,28 @@ def quantize(
     quiet: bool,
     **given: Any,
 ) -> None:
-    r"""Quantize a float model to integers.
+    """Quantize a float model to integers.
 
-    IN is never changed; OUT appears whole or not at all.
+    IN is the float model, which is never changed. OUT is the integer model, standard ONNX, which
+    appears whole or not at all. What stays in float is listed with the reason.
 
-    \b
     Examples:
       onnxq quantize in.onnx out.onnx --calib samples/
-      onnxq quantize in.onnx out.onnx --calib photos/ --preprocess imagenet --limit 200
-      onnxq quantize in.onnx out.onnx --calib samples/ --exclude 'head.*' --exclude Softmax
+      onnxq quantize in.onnx out.onnx --calib photos/ --preprocess imagenet
+      onnxq quantize in.onnx out.onnx --calib samples/ --exclude 'head.*'
+      onnxq quantize in.onnx out.onnx --calib samples/ --recipe minmax
     """
     if calib is None and given["encodings"] is None:
         raise click.UsageError("give samples (--calib PATH) or encodings (--encodings FILE)")
     from onnxq import api, encodings_json
 
-    with _started(quiet) as progress:
-        model, report = api.quantize(source, destination, calib, progress=progress, **given)
+    model, report = api.quantize(source, destination, calib, progress=_progress(quiet), **given)
     if save_encodings is not None:
         encodings_json.save(model.encodings, save_encodings)
     _finish(report, source, destination, json_file, quiet)
 
 
-@main.command()
+@main.command(epilog="See also: onnxq passes, for the passes and their options.")
 @click.argument("recipe", metavar="RECIPE", type=str)
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="OUT", type=FILE)
@@ -159,7 +272,8 @@ def quantize(
 @_samples
 @_statistics
 @_seed
-@_common
+@_threads
+@_output
 def run(
     recipe: str,
     source: Path,
@@ -169,9 +283,12 @@ def run(
     quiet: bool,
     **given: Any,
 ) -> None:
-    r"""Run any pipeline of passes: a recipe by name or a TOML file.
+    """Run any pipeline of passes.
 
-    \b
+    RECIPE is default, minmax or a TOML file; IN is the float model, which is never changed; OUT
+    is the new model, which appears whole or not at all. Samples are needed by passes that read
+    them, such as calibrate.
+
     A recipe file:
       [[pass]]
       name = "fold-batch-norm"
@@ -180,61 +297,101 @@ def run(
       weights = "int8/tensor"
       [[pass]]
       name = "insert-qdq"
+
+    Examples:
+      onnxq run mine.toml in.onnx out.onnx --calib samples/
+      onnxq run minmax in.onnx out.onnx --calib samples/ --json facts.json
     """
     from onnxq import api
 
-    with _started(quiet) as progress:
-        _, report = api.run(recipe, source, destination, calib, progress=progress, **given)
+    _, report = api.run(recipe, source, destination, calib, progress=_progress(quiet), **given)
     _finish(report, source, destination, json_file, quiet)
 
 
-@main.command()
+@main.command(epilog="See also: onnxq quantize.")
 @click.argument("reference", metavar="FLOAT", type=FILE)
 @click.argument("other", metavar="OTHER", type=FILE)
-@click.option("--data", required=True, type=FILE, metavar="PATH", help="Samples, as for --calib.")
+@click.option(
+    "--data",
+    required=True,
+    type=FILE,
+    metavar="PATH",
+    help="Samples to compare on, in any form that --calib of onnxq quantize takes.",
+)
 @_samples
-@click.option("--latency/--no-latency", "timed", default=True, help="Also time both models.")
-@_common
+@click.option(
+    "--latency/--no-latency",
+    "timed",
+    default=True,
+    show_default=True,
+    help="Whether to time both models, in turns, on the first sample.",
+)
+@_threads
+@_output
 def compare(
     reference: Path, other: Path, data: Path, json_file: Path | None, quiet: bool, **given: Any
 ) -> None:
     """Compare a model with its float version, output by output.
 
-    SQNR is the power of the float output over the power of the difference, in dB.
+    FLOAT is the reference, OTHER the model that should give the same. SQNR is the power of the
+    float output over the power of the difference, in dB: 20 is an error of a tenth, 40 of a
+    hundredth. Top-1 agreement is the share of positions with the same greatest class.
+
+    Examples:
+      onnxq compare in.onnx out.onnx --data samples/
+      onnxq compare in.onnx out.onnx --data samples/ --no-latency --json error.json
     """
     from onnxq import api, tables
 
-    with _started(quiet) as progress:
-        result = api.compare(reference, other, data, progress=progress, **given)
+    result = api.compare(reference, other, data, progress=_progress(quiet), **given)
     _write_json(json_file, result.to_dict())
     if not quiet:
         tables.comparison(result)
 
 
-@main.command()
+@main.command(epilog="See also: onnxq compare, for the error of a quantized model.")
 @click.argument("source", metavar="MODEL", type=FILE)
 @click.option(
     "--shape",
     "shapes",
     multiple=True,
-    metavar="INPUT=1x3x224x224",
-    help="Size of a dynamic input; unknown sizes count as 1.",
+    metavar="INPUT=SIZES",
+    show_default="unknown sizes count as 1",
+    help="Sizes of a dynamic input, as in --shape image=1x3x224x224. Repeat it for more.",
 )
-@click.option("--json", "json_file", type=FILE, metavar="FILE", help="Write results as JSON.")
-def inspect(source: Path, shapes: Sequence[str], json_file: Path | None) -> None:
-    """Show layers, parameters, bytes, MACs and weight ranges of a model."""
+@_output
+def inspect(source: Path, shapes: Sequence[str], json_file: Path | None, quiet: bool) -> None:
+    """Show inputs, operators, layers, MACs and weight ranges.
+
+    MODEL is any ONNX model; its layers are those with constant weights in float. MACs are
+    multiply-adds a sample. A large spread, the largest channel of a weight over the median one,
+    is what scales per channel are for.
+
+    Examples:
+      onnxq inspect in.onnx
+      onnxq inspect in.onnx --shape image=1x3x224x224 --json layers.json
+    """
     sizes = dict(_shape(text) for text in shapes)
     from onnxq import api, tables
 
     result = api.inspect(source, shapes=sizes)
     _write_json(json_file, result.to_dict())
-    tables.inspection(result)
+    if not quiet:
+        tables.inspection(result)
 
 
-@main.command()
+@main.command(epilog="See also: onnxq run, which runs passes from a recipe file.")
 @click.argument("name", metavar="[NAME]", required=False)
 def passes(name: str | None) -> None:
-    """List the passes, or show one: options, paper, drawing, what it refuses."""
+    """List the passes and recipes, or explain one pass.
+
+    NAME is a pass: its page says what it does and what it refuses, with formula, drawing and
+    paper, and how it is written in a recipe.
+
+    Examples:
+      onnxq passes
+      onnxq passes calibrate
+    """
     from onnxq import tables
 
     if name is None:
@@ -246,28 +403,12 @@ def passes(name: str | None) -> None:
 # ---------------------------------------------------------------------- parts
 
 
-class _started:  # noqa: N801 - reads like a function in a with statement
-    """Progress for a command, and a word while Numba compiles for the first time."""
+def _progress(quiet: bool) -> Progress:
+    from onnxq.progress import Bar, Lines, Silent
 
-    def __init__(self, quiet: bool) -> None:
-        from onnxq.progress import Bar, Lines, Silent
-
-        self.progress: Progress
-        if quiet:
-            self.progress = Silent()
-        else:
-            self.progress = Bar() if sys.stderr.isatty() else Lines()
-
-    def __enter__(self) -> Progress:
-        from onnxq.statistics import needs_compilation, warm_up
-
-        if needs_compilation():
-            self.progress.say("compiling kernels, once for this installation...")
-            warm_up()
-        return self.progress
-
-    def __exit__(self, *exc: object) -> None:
-        return None
+    if quiet:
+        return Silent()
+    return Bar() if sys.stderr.isatty() else Lines()
 
 
 def _finish(
@@ -290,6 +431,9 @@ def _write_json(path: Path | None, content: dict[str, Any]) -> None:
 def _shape(text: str) -> tuple[str, tuple[int, ...]]:
     name, _, sizes = text.rpartition("=")
     try:
-        return name, tuple(int(s) for s in sizes.lower().split("x"))
+        found = tuple(int(s) for s in sizes.lower().split("x"))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not INPUT=1x3x224x224") from None
+        found = ()
+    if not name or not found or min(found) < 1:
+        raise click.BadParameter(f"{text!r} is not of the form input=1x3x224x224")
+    return name, found

@@ -13,6 +13,7 @@ import onnx
 
 from onnxq.calibration import Calibration, Samples
 from onnxq.errors import CalibrationError, OnnxqError, PassError
+from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
 from onnxq.progress import Progress, Silent
 from onnxq.report import Changes, PassRecord, Report
@@ -257,7 +258,8 @@ class PassManager:
         """
         ctx = Context(data, **context)
         copy = load(model)
-        self.apply(copy, ctx)
+        with announced(ctx.progress.say):
+            self.apply(copy, ctx)
         ctx.report.notes[:0] = copy.notes
         return copy, ctx.report
 

@@ -136,7 +136,7 @@ def evens_gate(node: gs.Node) -> bool:
 
 
 class Ends:
-    """Where the encoding of a result stands: behind the Relu or Clip that quantizing takes over.
+    """Where the encoding of a result stands: behind the activation that quantizing takes over.
 
     Args:
         model: The model.
@@ -158,9 +158,34 @@ class Ends:
         return node if activation_bounds(self._model, node) is not None else None
 
     def of(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
-        """The tensor that gets the encoding: the result, or that of the activation after it."""
+        """The tensor that gets the encoding: the result, or that of what is taken over after it."""
         activation = self.absorbed(tensor, kernel)
-        return tensor if activation is None else activation.outputs[0]
+        if activation is None:
+            return tensor
+        result, before = activation.outputs[0], producer(tensor)
+        minimum = self._ceiling(result) if before is not None and before.op == "Conv" else None
+        return result if minimum is None else minimum.outputs[0]
+
+    def _ceiling(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The Min with one bound per channel that alone reads the result of a Relu.
+
+        Behind a convolution in integers it costs one integer Add: the convolution saturates where
+        the bounds are, once each channel is shifted up to the end of the grid.
+        """
+        before, readers = producer(tensor), consumers(tensor)
+        if before is None or before.op != "Relu" or len(readers) != 1:
+            return None
+        node = readers[0]
+        if node.op != "Min" or len(node.inputs) != 2 or node.inputs[0] is not tensor:
+            return None
+        if self._model.is_output(tensor) or id(node) not in self._main or node.name in self._left:
+            return None
+        bounds = node.inputs[1]
+        if not isinstance(bounds, gs.Constant) or tensor.shape is None:
+            return None
+        shape = tuple(bounds.shape)
+        per_channel = len(shape) == len(tensor.shape) - 1 and shape[1:] == (1,) * (len(shape) - 1)
+        return node if per_channel and (self._model.array(bounds) > 0).all() else None
 
 
 def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
@@ -211,6 +236,13 @@ class _Placer:
                 self.nodes[id(node)] = node
             else:
                 self.reasons[node.name] = why
+        # tensor that gets the encoding -> the node that it is the result of
+        self.origins = {
+            id(self.ends.of(t, self.kernel(n))): n
+            for n in self.nodes.values()
+            for t in n.outputs
+            if t.name
+        }
 
     def kernel(self, node: gs.Node) -> Kernel:
         return self.target.kernels[node.op]
@@ -319,23 +351,14 @@ class _Placer:
 
     def _arrives(self, tensor: gs.Tensor) -> bool:
         """Whether the tensor is there as integers anyhow, or costs little to be (inputs)."""
-        while True:
-            node = producer(tensor)
-            if node is None:
-                return True
-            if node.op in ops.ACTIVATIONS and producer(node.inputs[0]) is not None:
-                before = producer(node.inputs[0])
-                if (
-                    before is not None
-                    and id(before) in self.nodes
-                    and self.ends.of(node.inputs[0], self.kernel(before)) is tensor
-                ):
-                    node = before
-            if id(node) not in self.nodes:
+        while producer(tensor) is not None:
+            node = self.origins.get(id(tensor))
+            if node is None or id(node) not in self.nodes:
                 return False
             if self.kernel(node).role != "move":
                 return True
             tensor = node.inputs[0]
+        return True
 
     # -------------------------------------------------------------- what follows
 
@@ -369,7 +392,9 @@ class _Placer:
         if kernel.float_output and not self._read(end):
             return
         wanted[end.name] = None
-        if node.op == "Conv" and not self._read(end):
+        before = producer(end)
+        lowered = before is not None and before.op == "Min"
+        if node.op == "Conv" and not lowered and not self._read(end):
             result.exits[end.name] = node.name
         if end is not tensor:
             activation = tensor.outputs[0]
@@ -377,6 +402,8 @@ class _Placer:
             if bounds is not None:
                 result.bounds[end.name] = bounds
             self.reasons.pop(activation.name, None)
+            if before is not None:
+                self.reasons.pop(before.name, None)
 
 
 def _one_row(shape: Sequence[int], channels: int) -> bool:

@@ -37,7 +37,7 @@ from onnxq.errors import RecipeError, TargetError, UnsupportedError, did_you_mea
 from onnxq.pass_manager import After, Pass, PassManager
 from onnxq.targets import TARGETS
 
-__all__ = ["RECIPES", "Recipe", "dumps", "load", "loads", "pass_class"]
+__all__ = ["RECIPES", "Option", "Recipe", "dumps", "load", "loads", "options_of", "pass_class"]
 
 # name -> TOML
 RECIPES = {
@@ -182,7 +182,7 @@ def dumps(recipe: Recipe) -> str:
         if type(step) is not kind:
             raise RecipeError(f"{type(step).__name__} is not the pass of that name", where=place)
         lines += ["", "[[pass]]", f"name = {_toml(step.name, place)}"]
-        for option in _options(kind):
+        for option in options_of(kind):
             value = getattr(step, option.name)
             if value is None and option.default is None:
                 continue  # reading finds the default
@@ -214,18 +214,40 @@ def pass_class(name: str, *, where: object = None) -> type[Pass]:
 
 
 @dataclass(frozen=True)
-class _Option:
+class Option:
+    """One option of a pass.
+
+    Args:
+        name: Its name.
+        kind: Its type.
+        default: Its default.
+        required: Whether it has no default.
+    """
+
     name: str
     kind: Any
     default: Any
     required: bool
 
+    @property
+    def takes(self) -> str:
+        """What may be given, in words."""
+        return _wanted(self.kind)
 
-def _options(kind: type[Pass]) -> list[_Option]:
+    @property
+    def default_text(self) -> str:
+        """The default as TOML; empty if there is none."""
+        if self.required:
+            return ""
+        return "none" if self.default is None else _toml(self.default, self.name)
+
+
+def options_of(kind: type[Pass]) -> list[Option]:
+    """The options of a pass, in the order of its fields."""
     kinds = typing.get_type_hints(kind)
     none = dataclasses.MISSING
     return [
-        _Option(f.name, kinds[f.name], f.default, f.default is none and f.default_factory is none)
+        Option(f.name, kinds[f.name], f.default, f.default is none and f.default_factory is none)
         for f in dataclasses.fields(kind)  # type: ignore[arg-type]  # each pass is a dataclass
     ]
 
@@ -240,7 +262,7 @@ def _step(table: dict[str, Any], index: int, where: object) -> Pass:
         )
     place = f"pass {index} ({name}) of {where}"
     kind = pass_class(name, where=place)
-    options = {o.name: o for o in _options(kind)}
+    options = {o.name: o for o in options_of(kind)}
     for key in given:
         if key not in options:
             hint = _hint(key, options, "options are") if options else "it takes none"
@@ -256,7 +278,7 @@ def _step(table: dict[str, Any], index: int, where: object) -> Pass:
         raise type(error)(error.what, where=inner, fix=error.fix) from error
 
 
-def _value(option: _Option, value: Any, place: str) -> Any:
+def _value(option: Option, value: Any, place: str) -> Any:
     result = _taken(value, option.kind)
     if result is not _NOT:
         return result

@@ -124,8 +124,14 @@ def write_text(path: Path, text: str) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
-        raise OnnxqError(f"cannot be written: {error.strerror}", where=path) from error
+        raise OnnxqError(
+            f"cannot be written: {error.strerror}",
+            where=path,
+            fix="check the folder's permissions and the space on the disk",
+        ) from error

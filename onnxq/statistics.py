@@ -17,17 +17,15 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from onnxq.errors import CalibrationError, ModelError, RecipeError
-from onnxq.kernels import _jit, ranges
 from onnxq.kernels import observe as counting
+from onnxq.kernels import ranges
 from onnxq.runtime import Session, cores
 
 __all__ = [
     "Method",
     "Statistics",
     "TensorStatistics",
-    "needs_compilation",
     "observe",
-    "warm_up",
 ]
 
 Method = Literal["minmax", "moving-average", "percentile", "entropy", "mse"]
@@ -449,21 +447,3 @@ class _Observer:
                         counting.merge(bins, grid, *counts[name])
                 tensor.bins, tensor.exponent, tensor.offset = bins, int(grid[2]), int(grid[3])
         return Statistics(self.tensors)
-
-
-def needs_compilation() -> bool:
-    """Whether the kernels of this module have to be compiled: seconds, once per installation."""
-    return _jit.needs_compilation(counting, ranges)
-
-
-def warm_up() -> None:
-    """Compile the kernels of this module, or load them from the cache."""
-    values = np.linspace(-1, 1, 9, dtype=np.float32)
-    bins, grid = np.zeros(counting.BINS, np.int64), counting.empty_grid()
-    counting.moments(values)
-    counting.observe(values, bins, grid)
-    counting.merge(bins, grid, bins.copy(), grid.copy())
-    for symmetric in (False, True):
-        ranges.mse(bins, grid, 1, 16 - symmetric, symmetric)
-        ranges.entropy(bins, grid, 1, 16 - symmetric, symmetric)
-    ranges.noise(bins, grid, 1, -1.0, 1.0, 16)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect as inspection_of
+import textwrap
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -13,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from onnxq.api import Comparison, Inspection
+from onnxq.pages import page
 from onnxq.passes import PASSES
-from onnxq.recipe import RECIPES, Recipe, dumps, pass_class
+from onnxq.recipe import RECIPES
 from onnxq.report import Report
 
 __all__ = ["comparison", "inspection", "megabytes", "pass_list", "pass_page", "summary"]
@@ -134,23 +134,27 @@ def pass_list() -> None:
     """The passes and recipes, a line each."""
     table = _table("pass", "what it does")
     for name in PASSES:
-        table.add_row(name, (inspection_of.getdoc(pass_class(name)) or "").split("\n")[0])
+        table.add_row(name, page(name).summary)
     _print(table)
     click.echo(f"recipes: {', '.join(RECIPES)}; onnxq passes NAME shows one pass")
 
 
 def pass_page(name: str) -> None:
-    """One pass: its options and its docstring."""
-    found = pass_class(name)
-    click.echo(f"{name}\n")
-    click.echo(inspection_of.getdoc(found))
-    fields = dataclasses.fields(cast(Any, found))
-    missing = [f.name for f in fields if f.default is dataclasses.MISSING]
-    if missing:
-        click.echo(f"\nRequired: {', '.join(missing)}")
-    else:
-        click.echo("\nIn a recipe, with its defaults:\n")
-        click.echo(dumps(Recipe(passes=(found(),))).strip())
+    """One pass: what it does, its options, how it is written in a recipe."""
+    found = page(name)
+    click.echo(f"{name}\n\n{found.summary}\n")
+    for block in found.blocks:
+        indent = "    " if block.kind == "literal" else ""
+        click.echo(textwrap.indent(block.text, indent) + "\n")
+    if found.source:
+        source = textwrap.fill(f"Source: {found.source}", 100, break_on_hyphens=False)
+        click.echo(f"{source}\n")
+    if found.options:
+        table = _table("option", "takes", "default", "meaning")
+        for option, meaning in found.options:
+            table.add_row(option.name, option.takes, option.default_text or "required", meaning)
+        _print(table)
+    click.echo(f"In a recipe:\n\n{found.recipe}\n\nIn Python: onnxq.passes.{found.class_name}")
 
 
 def megabytes(count: int) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxq.passes.gptq import GPTQ
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
+    from onnxq.passes.residual_input import ResidualInput
 
 __all__ = [
     "GPTQ",
@@ -30,6 +31,7 @@ __all__ = [
     "GateEqualization",
     "InsertQDQ",
     "LoadEncodings",
+    "ResidualInput",
 ]
 
 # name in recipes and on the command line -> where the class is
@@ -40,6 +42,7 @@ PASSES = {
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
+    "residual-input": "onnxq.passes.residual_input:ResidualInput",
     "gptq": "onnxq.passes.gptq:GPTQ",
     "bias-correction": "onnxq.passes.bias_correction:BiasCorrection",
     "insert-qdq": "onnxq.passes.insert_qdq:InsertQDQ",

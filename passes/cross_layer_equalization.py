@@ -46,6 +46,9 @@ class CrossLayerEqualization:
     a subgraph), shared or computed weights.
 
     Args:
+        balance: What counts as the size of a channel where it is put out: "weights" is the paper's
+            rule; "activations" the largest magnitude on the samples, for weights that have a scale
+            per channel anyhow; "both" the larger share of the two, for one scale per tensor.
         ceilings: What becomes of Clip(0, bound): "exact" as above; "keep" leaves it and the
             channels that go through it alone.
         sweeps: At most so many rounds over the layers.
@@ -58,6 +61,7 @@ class CrossLayerEqualization:
 
     name: ClassVar[str] = "cross-layer-equalization"
 
+    balance: Literal["weights", "activations", "both"] = "weights"
     ceilings: Literal["exact", "keep"] = "exact"
     sweeps: int = 1000
     tolerance: float = 1e-3
@@ -71,7 +75,7 @@ class CrossLayerEqualization:
             for ceiling in coupling.ceilings:
                 why = f"it goes through {ceiling.node.name} ({ceiling.node.op})"
                 coupling.fixed.update(dict.fromkeys(ceiling.classes.tolist(), why))
-        scale, sweeps = self._solve(coupling)
+        scale, sweeps = self._solve(coupling, self._activations(model, coupling, ctx))
         moved = np.abs(np.log(scale)) > self.tolerance
         for name, why in coupling.refused.items():
             changes.skip(name, why)
@@ -90,9 +94,25 @@ class CrossLayerEqualization:
         changes.add(f"channels of {pairs} layers scaled, {sweeps} sweeps")
         return changes
 
-    def _solve(self, coupling: Coupling) -> tuple[np.ndarray, int]:
+    def _activations(self, model: Model, coupling: Coupling, ctx: Context) -> dict[str, np.ndarray]:
+        """Largest magnitude of each channel of what layers read, by tensor."""
+        if self.balance == "weights":
+            return {}
+        tensors = {s.layer.x.name: s.layer.x for s in coupling.inputs}
+        # channels along axis 1
+        names = [
+            s.layer.x.name
+            for s in coupling.inputs
+            if s.layer.op == "Conv" or len(tensors[s.layer.x.name].shape or ()) == 2
+        ]
+        found = ctx.channel_ranges(model, list(dict.fromkeys(names)))
+        return {n: np.maximum(-low, high) for n, (low, high) in found.items()}
+
+    def _solve(
+        self, coupling: Coupling, activations: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, int]:
         scale = np.ones(coupling.count)
-        packed = _Packed.of(coupling)
+        packed = _Packed.of(coupling, activations)
         if packed is None:
             return scale, 0
         sweeps = kernels.equalize(
@@ -101,8 +121,10 @@ class CrossLayerEqualization:
             packed.classes,
             packed.members,
             packed.sites,
+            packed.tops,
             coupling.is_fixed(np.arange(coupling.count)),
             scale,
+            self.balance != "activations",
             self.sweeps,
             self.tolerance,
             self.largest,
@@ -119,9 +141,10 @@ class _Packed:
     classes: np.ndarray
     members: np.ndarray
     sites: np.ndarray
+    tops: np.ndarray
 
     @classmethod
-    def of(cls, coupling: Coupling) -> _Packed | None:
+    def of(cls, coupling: Coupling, activations: dict[str, np.ndarray]) -> _Packed | None:
         """Pack the layers; None if there is no class that one puts out and another reads."""
         sites = _sites(coupling)
         if not sites:
@@ -131,7 +154,7 @@ class _Packed:
             nodes.setdefault(id(side.layer.node), side.layer)
         index = {key: i for i, key in enumerate(nodes)}
         table = np.full((len(nodes), 6), -1, np.int64)
-        weights, classes, start, offset = [], [], 0, 0
+        weights, classes, tops, start, offset = [], [], [], 0, 0
         for i, layer in enumerate(nodes.values()):
             matrix = layer.magnitudes
             per_group = layer.output_channels // layer.group
@@ -142,6 +165,8 @@ class _Packed:
             for side in sides:
                 table[index[id(side.layer.node)], column] = offset
                 classes.append(side.classes)
+                top = activations.get(side.layer.x.name) if column == 5 else None
+                tops.append(np.zeros(side.classes.size) if top is None else top)
                 offset += side.classes.size
         members = [(index[id(s.layer.node)], role) for site in sites for s, role in site]
         ends = np.cumsum([0, *map(len, sites)])
@@ -151,6 +176,7 @@ class _Packed:
             np.concatenate(classes).astype(np.int64),
             np.array(members, np.int64),
             ends.astype(np.int64),
+            np.concatenate(tops).astype(np.float64),
         )
 
 

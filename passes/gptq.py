@@ -111,7 +111,7 @@ def _round(layer: Layer, statistics: SecondOrder, changes: Changes) -> bool:
     scale, zero = _per_row(encoding, rows.shape[0] * rows.shape[1])
     nearest = rows_of(layer, encoding.fake_quantize(layer.weight))
     noise = _input_noise(layer)
-    rounded = np.empty_like(rows)
+    rounded = np.empty(rows.shape, np.float32)  # in C order, as the kernel is compiled for
     kept = 0
     for g in range(rows.shape[0]):
         part = slice(g * rows.shape[1], (g + 1) * rows.shape[1])

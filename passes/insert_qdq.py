@@ -37,6 +37,12 @@ class InsertQDQ:
     5. An encoding per channel of a Conv's result is multiplied into the scales of its weight; Q
        then has scale 1, and DQ the scales of the channels.
     6. An output of the model keeps its name.
+    7. A bound per channel after a Relu (Min with a constant) becomes the saturation of integers:
+       the bias shifts each channel up until its bound is the end of the grid, and an Add of the
+       negative shifts, which saturates at zero, brings it back.  That is within half a step::
+
+           Conv(b) -> Relu -> Min(m)     =>     Conv(b + d) -> Q -> DQ -> Add(-d) -> Q -> DQ
+                                                d = end of the grid - m, in whole steps
 
     Nothing is written around nodes that stay in float.
 
@@ -50,6 +56,14 @@ class InsertQDQ:
         changes = Changes()
         model.raise_opset(13)
         nodes = integer_nodes(model, ctx.target)
+        ends = Ends(model, model.encodings.float_nodes)
+        lowered = [
+            _lower_ceiling(model, n, ends.of(n.outputs[0], nodes[n.name]), changes)
+            for n in [*model.graph.nodes]
+            if n.name in nodes
+        ]
+        if any(lowered):
+            nodes = integer_nodes(model, ctx.target)
         if not nodes:
             changes.skip("model", "no operator that the target runs in integers has encodings")
             return changes
@@ -60,6 +74,38 @@ class InsertQDQ:
         model.cleanup()
         changes.add(f"{len(nodes)} nodes in integers, {writer.pairs} Q/DQ pairs")
         return changes
+
+
+def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Changes) -> bool:
+    """Turn the bounds per channel behind a convolution into saturation; False if it has none."""
+    minimum, layer = producer(result), Layer.of(model, node)
+    if layer is None or layer.op != "Conv" or minimum is None or minimum.op != "Min":
+        return False
+    relu = minimum.inputs[0].inputs[0]
+    encoding = model.encodings[result.name]
+    bounds = model.array(minimum.inputs[1]).reshape(-1).astype(np.float64)
+    scale = float(encoding.scale)
+    steps = np.clip(np.rint((encoding.high - bounds) / scale), 0, encoding.qmax - encoding.qmin)
+    rank = len(result.shape)
+    minimum.inputs.clear()
+    minimum.outputs.clear()
+    if not steps.any():  # the end of the grid is below all bounds
+        relu.outputs[0] = result
+        changes.add(f"{minimum.name}: the grid ends below its bounds")
+        return True
+    bias = np.zeros(len(bounds)) if layer.bias is None else layer.bias.astype(np.float64)
+    layer.set_bias((bias + steps * scale).astype(np.float32))
+    relu.inputs.clear()
+    relu.outputs.clear()
+    back = model.constant(
+        f"{minimum.name}.shift", (-steps * scale).astype(np.float32).reshape(-1, *[1] * (rank - 2))
+    )
+    zero = np.array(encoding.qmax, np.int32)
+    model.encodings[back.name] = Encoding(encoding.dtype, encoding.scale, zero)
+    model.encodings[layer.y.name] = encoding
+    model.insert([gs.Node("Add", f"{minimum.name}.add", {}, [layer.y, back], [result])])
+    changes.add(f"{minimum.name}: bounds of {int((steps > 0).sum())} channels by saturation")
+    return True
 
 
 class _Writer:

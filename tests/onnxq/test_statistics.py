@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from onnxq import statistics
 from onnxq.errors import CalibrationError, ModelError, RecipeError
-from onnxq.kernels import _jit
+from onnxq.kernels import _jit, ranges
 from onnxq.kernels import observe as kernels
 from onnxq.runtime import Session
 from onnxq.statistics import Statistics, TensorStatistics, observe
@@ -436,14 +436,7 @@ def _saved(folder, t):
 # ------------------------------------------------------------------ compilation
 
 
-def test_warm_up():
-    statistics.warm_up()
-    assert not statistics.needs_compilation()
-
-
-def test_kernels_are_compiled_once(session, laplace, tmp_path):
-    statistics.warm_up()
-    before = {k: len(getattr(k, "signatures", ())) for k in _jit._kernels}
+def test_kernels_are_compiled_in_one_form(session, laplace, tmp_path):
     loaded = Statistics.load(_saved(tmp_path, laplace))["x"]
     for t in (laplace, loaded, loaded.merge(laplace), tensor(np.full(3, -1.0)), tensor(X[::2])):
         for method in METHODS:
@@ -452,7 +445,9 @@ def test_kernels_are_compiled_once(session, laplace, tmp_path):
         t.noise(np.float32(-1), 1, 256)
     kernels.moments(X)
     observe(session, NAMES, draw(3))
-    assert {k: len(getattr(k, "signatures", ())) for k in before} == before
+    modules = (kernels.__name__, ranges.__name__)
+    forms = [getattr(k, "signatures", []) for k in _jit._kernels if k.__module__ in modules]
+    assert [f for f in forms if len(f) > 1] == []
 
 
 def test_std_is_never_imaginary():

@@ -1,0 +1,115 @@
+"""What quantization leaves of an input, fed along."""
+
+import numpy as np
+import pytest
+
+from onnxq.model import load
+from onnxq.pass_manager import Context
+from onnxq.passes import GPTQ, Calibrate, InsertQDQ, ResidualInput
+from tests.checks import assert_same_function, ops, reasons, run
+from tests.models import parse
+
+TEXT = (
+    "g (float[N,1,64] x) => (float[] y) <float[6,1,9] w, float[6] b, float[4,6,1] v>"
+    "{ c = Conv<strides=[2]>(x, w, b) r = Relu(c) y = Conv(r, v) }"
+)
+
+
+def sounds(count=12, quietest=1e-3):
+    """Noise at loudnesses that differ by orders of magnitude."""
+    rng = np.random.default_rng(5)
+    loud = np.geomspace(quietest, 1.0, count)
+    return [{"x": (rng.normal(size=(1, 1, 64)) * a).astype(np.float32)} for a in loud]
+
+
+def calibrated(data, text=TEXT):
+    proto = parse(text)
+    model, ctx = load(proto), Context(data)
+    Calibrate().apply(model, ctx)
+    return proto, model, ctx
+
+
+def test_the_float_function_stays():
+    data = sounds()
+    proto, model, ctx = calibrated(data)
+    changes = ResidualInput().apply(model, ctx)
+    assert changes
+    assert "dB in 8 bits" in changes.done[0]
+    for feed in data:
+        assert_same_function(proto, model, feed=feed)
+    layer = model.layers()[0]
+    half = layer.weight.shape[1] // 2
+    assert np.array_equal(layer.weight[:, :half] / np.float32(8), layer.weight[:, half:])
+    assert layer.input_channels == 2
+    assert "x" not in model.encodings
+    assert model.encodings["x.with_residue"].dtype == "uint8"
+
+
+def error(proto, model, data):
+    """Mean over samples of noise power over signal power."""
+    found = []
+    for feed in data:
+        wanted, got = run(proto, feed)["y"], run(model, feed, "all")["y"]
+        found.append(np.square(got - wanted).mean() / np.square(wanted - wanted.mean()).mean())
+    return np.mean(found)
+
+
+def test_quiet_samples_keep_their_shape():
+    data = sounds(quietest=3e-2)
+    errors = []
+    for steps in ([], [ResidualInput()]):
+        proto, model, ctx = calibrated(
+            data, TEXT.replace("r = Relu(c) y = Conv(r, v)", "y = Exp(c)")
+        )
+        for step in (*steps, GPTQ(), InsertQDQ()):
+            step.apply(model, ctx)
+            model.revision += 1
+        errors.append(error(proto, model, data))
+    plain, split = errors
+    assert split < plain / 3  # what is left is noise of the weights and of the result
+
+
+def test_inputs_that_are_fine_are_left_alone():
+    data = sounds(quietest=0.5)
+    _, model, ctx = calibrated(data)
+    assert not ResidualInput().apply(model, ctx)
+    assert ops(model) == ["Conv", "Relu", "Conv"]
+
+
+def test_without_samples_there_is_nothing_to_judge_by():
+    _, model, _ = calibrated(sounds())
+    assert not ResidualInput().apply(model, Context())
+
+
+def test_silence_is_no_error():
+    data = [*sounds(), {"x": np.zeros((1, 1, 64), np.float32)}]
+    _, model, ctx = calibrated(data)
+    assert ResidualInput().apply(model, ctx)
+
+
+OTHERS = {
+    "two-readers": (
+        "g (float[N,1,64] x) => (float[] y, float[] z) <float[6,1,9] w, float[6,1,5] u>"
+        "{ y = Conv(x, w) z = Conv(x, u) }",
+        "2 nodes read it",
+    ),
+    "gemm": ("g (float[N,64] x) => (float[] y) <float[64,6] w> { y = Gemm(x, w) }", "(Gemm)"),
+    "groups": (
+        "g (float[N,2,64] x) => (float[] y) <float[6,1,9] w> { y = Conv<group=2>(x, w) }",
+        "has groups",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_it_refuses(name):
+    text, why = OTHERS[name]
+    shape = [d.dim_value or 1 for d in parse(text).graph.input[0].type.tensor_type.shape.dim]
+    rng = np.random.default_rng(1)
+    data = [
+        {"x": (rng.normal(size=shape) * a).astype(np.float32)} for a in np.geomspace(1e-3, 1, 9)
+    ]
+    _, model, ctx = calibrated(data, text)
+    changes = ResidualInput().apply(model, ctx)
+    assert not changes
+    assert why in reasons(changes)["x"]
