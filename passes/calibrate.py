@@ -25,9 +25,9 @@ BIAS_LIMIT = float(1 << 30)
 # Sharing a Concat's scale may raise the noise that an input's other readers see by this factor.
 SHARED_NOISE = 1.5
 # Samples from which the ranges of single channels are taken, and the values per channel from which
-# on those ranges are believed.
+# on those ranges are believed: more than so many samples give a result without positions.
 CHANNEL_SAMPLES = 64
-MANY_VALUES = 10_000
+MANY_VALUES = 100
 # The range given to a weight of zeros: small, so that the scale of its bias is fine.
 ZERO_WEIGHT = 1e-3
 # Bins of a model input's histogram.
