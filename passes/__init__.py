@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onnxq.passes.clean import Clean
     from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
+    from onnxq.passes.fold_dead_channels import FoldDeadChannels
     from onnxq.passes.gate_equalization import GateEqualization
     from onnxq.passes.gptq import GPTQ
     from onnxq.passes.insert_qdq import InsertQDQ
@@ -28,6 +29,7 @@ __all__ = [
     "Clean",
     "CrossLayerEqualization",
     "FoldBatchNorm",
+    "FoldDeadChannels",
     "GateEqualization",
     "InsertQDQ",
     "LoadEncodings",
@@ -38,6 +40,7 @@ __all__ = [
 PASSES = {
     "clean": "onnxq.passes.clean:Clean",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
+    "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",

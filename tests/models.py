@@ -12,6 +12,8 @@ import pytest
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from onnxq.model import load
+
 ZOO = (
     *("cifar_resnet20", "cifar_resnet56", "cifar_vit", "espcn_x3", "espnet_camvid", "m5_speech"),
     *("magika", "mobilenetv1_075", "mobilenetv2", "silero_vad", "simplepose", "ultraface_rfb320"),
@@ -150,6 +152,22 @@ def chains(draw: st.DrawFn, *, most: int = 7) -> onnx.ModelProto:
     for step in draw(st.lists(st.sampled_from(steps), min_size=1, max_size=most)):
         step(draw, chain)
     return chain.build()
+
+
+@st.composite
+def chains_with_dead_channels(draw: st.DrawFn) -> onnx.ModelProto:
+    """Random chains of which some layers have channels of weights about zero on either side.
+
+    What such weights put out is nothing even beside an output that is small by chance.
+    """
+    model = load(draw(chains()))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    for layer in model.layers():
+        rows = rng.choice([0.0, 1e-20, 1.0], layer.output_channels, p=[0.2, 0.2, 0.6])
+        columns = rng.choice([0.0, 1.0], layer.input_channels, p=[0.2, 0.8])
+        weight = layer.weight * layer.along_outputs(rows) * layer.along_inputs(columns)
+        layer.set_weight(weight.astype(np.float32))
+    return model.to_proto()
 
 
 def _conv(draw: st.DrawFn, chain: ChainBuilder) -> None:
