@@ -162,6 +162,7 @@ class Comparison:
         latency_ms: Median milliseconds per sample: float, other; empty if not timed.
         samples: How many samples were compared.
         threads: Threads of onnxruntime while timing; 0 for all cores.
+        notes: What was given up when loading the samples.
     """
 
     outputs: list[error.OutputError]
@@ -169,6 +170,7 @@ class Comparison:
     latency_ms: tuple[float, ...]
     samples: int
     threads: int
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -178,6 +180,7 @@ class Comparison:
             "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
             "samples": self.samples,
             "threads": self.threads,
+            "notes": self.notes,
         }
 
 
@@ -200,8 +203,7 @@ def compare(
     ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
     sessions = [Session(load(p).to_proto(), threads=threads) for p in paths]
-    assert ctx.data is not None
-    samples = ctx.data.bind(sessions[0].inputs)
+    samples = ctx.spread(sessions[0], 0)
     with ctx.progress.task("compare", samples.length) as advance:
         outputs = error.compare(sessions[0], sessions[1], samples, advance)
     times: tuple[float, ...] = ()
@@ -210,7 +212,7 @@ def compare(
             times = latency.alternate(sessions, next(iter(samples)))
     sizes = (_bytes(paths[0]), _bytes(paths[1]))
     count = outputs[0].samples if outputs else 0
-    return Comparison(outputs, sizes, times, count, threads)
+    return Comparison(outputs, sizes, times, count, threads, ctx.report.notes)
 
 
 @dataclass(frozen=True)

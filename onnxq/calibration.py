@@ -30,6 +30,7 @@ class _Reader:
     read: Callable[[], Iterator[tuple[str, Any]]]
     length: int | None
     dropped: int = 0
+    rows: int = 0
 
 
 class Calibration:
@@ -169,7 +170,7 @@ class Calibration:
                     )
                 yield where, np.concatenate(group)
 
-        return _Reader(read, count, rest)
+        return _Reader(read, count, rest, len(files))
 
     # ---------------------------------------------------------------------- iterables
 
@@ -242,6 +243,7 @@ class Samples:
     Attributes:
         length: How many there are; None if that is not known.
         dropped: Rows or pictures at the end that do not fill a batch of the model's fixed size.
+        note: What the user should know of that; None if nothing is dropped.
     """
 
     def __init__(self, signature: Signature, reader: _Reader) -> None:
@@ -249,6 +251,13 @@ class Samples:
         self._reader = reader
         self.length = reader.length
         self.dropped = reader.dropped
+        self.note: str | None = None
+        if reader.dropped:
+            batch = (reader.rows - reader.dropped) // len(self)
+            self.note = (
+                f"{reader.dropped} of {reader.rows} samples dropped:"
+                f" the model takes batches of {batch}"
+            )
 
     def __len__(self) -> int:
         if self.length is None:
@@ -278,7 +287,7 @@ def _stack(arrays: Any, where: str, signature: Signature, limit: int | None) -> 
     signature.check_names(arrays, where)
     counts: dict[str, int] = {}
     starts: dict[str, Callable[[], Iterator[np.ndarray]]] = {}
-    dropped = 0
+    dropped, total = 0, 0
     for name, array in arrays.items():
         spec = signature.specs[name]
         above = 0 if spec.shape is None else len(array.shape) - len(spec.shape)
@@ -293,21 +302,22 @@ def _stack(arrays: Any, where: str, signature: Signature, limit: int | None) -> 
         else:
             counts[name], rest = _batches(array.shape[0], spec, where)
             starts[name] = partial(_blocks, array, _batch(spec))
-            dropped = max(dropped, rest)
+            dropped, total = max((dropped, total), (rest, array.shape[0]))
     if len(set(counts.values())) > 1:
         says = ", ".join(f"{n} of {name!r}" for name, n in counts.items())
         raise CalibrationError(f"wanted as many samples of each input, got {says}", where=where)
     length = min([*counts.values()] or [1])
     if length == 0:
         raise CalibrationError("there are no samples", where=where, fix="give at least one")
-    length = length if limit is None else min(length, limit)
+    if limit is not None and limit <= length:
+        length, dropped = limit, 0  # the rest is not wanted
 
     def read() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         streams = {name: start() for name, start in starts.items()}
         for index in range(length):
             yield f"{where}, sample {index}", {name: next(s) for name, s in streams.items()}
 
-    return _Reader(read, length, dropped)
+    return _Reader(read, length, dropped, total)
 
 
 def _batch(spec: TensorSpec) -> int:

@@ -147,7 +147,10 @@ class Context:
         if self.data is None:
             raise CalibrationError("this needs calibration samples", fix="give data (--calib PATH)")
         data = self.data if not limit else self.data.limited(limit)
-        return data.bind(session.inputs)
+        samples = data.bind(session.inputs)
+        if samples.note is not None and samples.note not in self.report.notes:
+            self.report.notes.append(samples.note)
+        return samples
 
     def statistics(
         self, model: Model, names: Sequence[str], *, histogram: bool = True

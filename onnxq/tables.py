@@ -100,6 +100,8 @@ def comparison(result: Comparison) -> None:
             f"latency: {first_ms:.2f} ms -> {second_ms:.2f} ms a sample,"
             f" {first_ms / second_ms:.2f} times, median of alternating runs, {threads}"
         )
+    for note in result.notes:
+        click.echo(f"note: {note}")
 
 
 def inspection(result: Inspection) -> None:

@@ -247,9 +247,11 @@ def test_pictures_fill_a_fixed_batch(tmp_path):
         picture(tmp_path / f"{i}.png", (i, i, i))
     data = Calibration(tmp_path, preprocess="raw").bind([spec("x", 3, 3, 4, 4)])
     assert (data.length, data.dropped) == (2, 1)
+    assert data.note == "1 of 7 samples dropped: the model takes batches of 3"
     got = [feed["x"][:, 0, 0, 0].tolist() for feed in data]
     assert got == [[0, 1, 2], [3, 4, 5]]
     data = Calibration(tmp_path, preprocess="raw", limit=1).bind([spec("x", 3, 3, 4, 4)])
+    assert (data.length, data.dropped, data.note) == (1, 0, None)
     assert [feed["x"][:, 0, 0, 0].tolist() for feed in data] == [[0, 2, 4]]
     few = spec("x", 8, 3, 4, 4)
     refused(
@@ -360,7 +362,13 @@ def test_rows_fill_a_fixed_batch(stacked):
     data = rows(7, 3, 4)
     samples = Calibration(stacked(data)).bind([spec("x", 3, 3, 4)])
     assert (len(samples), samples.dropped) == (2, 1)
+    assert samples.note == "1 of 7 samples dropped: the model takes batches of 3"
     same(list(samples), [{"x": data[:3]}, {"x": data[3:6]}])
+    for limit, dropped in ((1, 0), (2, 0), (3, 1)):  # what the limit leaves out is not dropped
+        limited = Calibration(stacked(data), limit=limit).bind([spec("x", 3, 3, 4)])
+        assert limited.dropped == dropped
+        assert (limited.note is None) == (dropped == 0)
+    assert Calibration(stacked(data)).bind([X]).note is None
     refused(
         stacked(data), spec("x", 8, 3, 4), match="wanted x: float32 [8 x 3 x 4], got only 7 rows"
     )
