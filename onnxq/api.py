@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -32,6 +33,8 @@ __all__ = ["Comparison", "Inspection", "compare", "inspect", "quantize", "run"]
 
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
+# Operators of models that are quantized already.
+_QUANTIZED = re.compile("(De)?QuantizeLinear|DynamicQuantize.*|QLinear.*|.+Integer")
 
 
 def quantize(
@@ -120,10 +123,11 @@ def run(
     chosen = _recipe(recipe)
     _check_destination(source, destination)
     before = load(source)
-    if any(n.op in ("QuantizeLinear", "DequantizeLinear") for n in before.graph.nodes):
+    if any(_QUANTIZED.fullmatch(n.op) for n in before.graph.nodes):
         raise ModelError(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
+    _check_loads(before)
     data = None if calib is None else _calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
@@ -329,6 +333,14 @@ def _check_destination(source: Any, destination: str | os.PathLike[str] | None) 
         raise OnnxqError("no such folder", where=path.parent, fix="create it first")
     if not isinstance(source, Model) and path.exists() and path.samefile(source):
         raise OnnxqError("is the input", where=path, fix="write to another file")
+
+
+def _check_loads(model: Model) -> None:
+    """Let onnxruntime refuse a model before any pass stumbles over it."""
+    try:
+        Session(model.to_proto(), threads=1, level="disabled")
+    except ModelError as error:
+        raise ModelError(error.what, where=model.path, fix=error.fix) from error
 
 
 def _known_statistics(path: Path | None, model: Model) -> Statistics | None:
