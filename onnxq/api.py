@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,7 @@ from onnxq.calibration import Calibration, Samples
 from onnxq.errors import ModelError, OnnxqError, RecipeError
 from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
+from onnxq.model_io import external_files
 from onnxq.pass_manager import Context, Pass, PassManager
 from onnxq.passes import Calibrate, LoadEncodings
 from onnxq.progress import Progress
@@ -28,10 +30,12 @@ from onnxq.statistics import Statistics
 from onnxq.targets import Target
 from onnxq.version import __version__
 
-__all__ = ["Comparison", "Inspection", "compare", "inspect", "quantize", "run"]
+__all__ = ["Comparison", "Inspection", "check_outputs", "compare", "inspect", "quantize", "run"]
 
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
+# Operators of models that are quantized already.
+_QUANTIZED = re.compile("(De)?QuantizeLinear|DynamicQuantize.*|QLinear.*|.+Integer")
 
 
 def quantize(
@@ -118,12 +122,13 @@ def run(
 ) -> tuple[Model, Report]:
     """Run any recipe; the arguments are those of `quantize`."""
     chosen = _recipe(recipe)
-    _check_destination(source, destination)
+    check_outputs([destination, statistics], models=[source], others=[calib])
     before = load(source)
-    if any(n.op in ("QuantizeLinear", "DequantizeLinear") for n in before.graph.nodes):
+    if any(_QUANTIZED.fullmatch(n.op) for n in before.graph.nodes):
         raise ModelError(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
+    _check_loads(before)
     data = None if calib is None else _calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
@@ -162,6 +167,7 @@ class Comparison:
         latency_ms: Median milliseconds per sample: float, other; empty if not timed.
         samples: How many samples were compared.
         threads: Threads of onnxruntime while timing; 0 for all cores.
+        notes: What was given up when loading the samples.
     """
 
     outputs: list[error.OutputError]
@@ -169,6 +175,7 @@ class Comparison:
     latency_ms: tuple[float, ...]
     samples: int
     threads: int
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -178,6 +185,7 @@ class Comparison:
             "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
             "samples": self.samples,
             "threads": self.threads,
+            "notes": self.notes,
         }
 
 
@@ -200,8 +208,7 @@ def compare(
     ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
     sessions = [Session(load(p).to_proto(), threads=threads) for p in paths]
-    assert ctx.data is not None
-    samples = ctx.data.bind(sessions[0].inputs)
+    samples = ctx.spread(sessions[0], 0)
     with ctx.progress.task("compare", samples.length) as advance:
         outputs = error.compare(sessions[0], sessions[1], samples, advance)
     times: tuple[float, ...] = ()
@@ -210,7 +217,7 @@ def compare(
             times = latency.alternate(sessions, next(iter(samples)))
     sizes = (_bytes(paths[0]), _bytes(paths[1]))
     count = outputs[0].samples if outputs else 0
-    return Comparison(outputs, sizes, times, count, threads)
+    return Comparison(outputs, sizes, times, count, threads, ctx.report.notes)
 
 
 @dataclass(frozen=True)
@@ -282,6 +289,41 @@ def inspect(
     )
 
 
+def check_outputs(
+    outputs: Iterable[str | os.PathLike[str] | None],
+    *,
+    models: Iterable[Any],
+    others: Iterable[Any] = (),
+) -> None:
+    """Refuse outputs that cannot be written, or would replace an input, before work is done.
+
+    Args:
+        outputs: What is to be written; None for nothing.
+        models: Models that are read; what is no path does not matter.
+        others: What else is read.
+
+    Raises:
+        OnnxqError: Names the output, and why not.
+    """
+    sources = [Path(m) for m in models if isinstance(m, (str, os.PathLike))]
+    given = [*sources, *(Path(o) for o in others if isinstance(o, (str, os.PathLike)))]
+    paths = [Path(o) for o in outputs if o is not None]
+    for index, path in enumerate(paths):
+        try:
+            _check_output(path)
+            taken = [p for p in given if path.exists() and os.path.exists(p) and path.samefile(p)]
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise OnnxqError(
+                f"cannot be written: {error.strerror}", where=path, fix="write to another file"
+            ) from error
+        if taken:
+            raise OnnxqError("is the input", where=path, fix="write to another file")
+        if path.exists() and any(path.resolve() in external_files(p) for p in sources):
+            raise OnnxqError("holds weights of the input", where=path, fix="write to another file")
+        if path.resolve() in [p.resolve() for p in paths[:index]]:
+            raise OnnxqError("is given for two outputs", where=path, fix="name another file")
+
+
 # ---------------------------------------------------------------------- parts
 
 
@@ -315,18 +357,24 @@ def _dumps(chosen: Recipe, target: Target) -> str:
     return recipe.dumps(dataclasses.replace(chosen, target=target.name))
 
 
-def _check_destination(source: Any, destination: str | os.PathLike[str] | None) -> None:
-    if destination is None:
-        return
-    path = Path(destination)
+def _check_output(path: Path) -> None:
+    folder = path.parent
     if path.is_dir():
         raise OnnxqError("is a folder", where=path, fix="give a file name")
     if path.exists() and not path.is_file():  # /dev/null, say: renaming onto it would replace it
         raise OnnxqError("is not a file", where=path, fix="give a file name")
-    if not path.parent.is_dir():
-        raise OnnxqError("no such folder", where=path.parent, fix="create it first")
-    if not isinstance(source, Model) and path.exists() and path.samefile(source):
-        raise OnnxqError("is the input", where=path, fix="write to another file")
+    if not folder.is_dir():
+        raise OnnxqError("no such folder", where=folder, fix="create it first")
+    if not os.access(folder, os.W_OK):
+        raise OnnxqError("the folder cannot be written to", where=folder, fix="take another one")
+
+
+def _check_loads(model: Model) -> None:
+    """Let onnxruntime refuse a model before any pass stumbles over it."""
+    try:
+        Session(model.to_proto(), threads=1, level="disabled")
+    except ModelError as error:
+        raise ModelError(error.what, where=model.path, fix=error.fix) from error
 
 
 def _known_statistics(path: Path | None, model: Model) -> Statistics | None:
@@ -363,8 +411,6 @@ def _first(samples: Samples) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _bytes(path: Path) -> int:
-    from onnxq.model_io import external_files
-
     return path.stat().st_size + sum(f.stat().st_size for f in external_files(path))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect as inspection_of
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,19 +64,7 @@ def _kept(text: str) -> str:
     return "\n\n".join(f"\b\n{p}" if "\n " in p else p for p in paragraphs)
 
 
-class _Output(click.Path):
-    """A file to write: what would keep it from being written is said before the work is done."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.parent.is_dir():
-            raise OnnxqError("no such folder", where=path.parent, fix="create it first")
-        if path.exists() and not path.is_file():
-            raise OnnxqError("is not a file", where=path, fix="give the name of a file")
-        return path
-
-
-FILE, NEW_FILE = click.Path(path_type=Path), _Output(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)  # what cannot be read is said by its reader
 COUNT = click.IntRange(min=1)
 
 
@@ -109,7 +96,7 @@ _output = _options(
     click.option(
         "--json",
         "json_file",
-        type=NEW_FILE,
+        type=FILE,
         metavar="FILE",
         help="Also write the results as JSON.",
     ),
@@ -139,7 +126,7 @@ _target = click.option(
 )
 _statistics = click.option(
     "--statistics",
-    type=NEW_FILE,
+    type=FILE,
     metavar="FILE",
     help="Keep what was learned from the samples in this file, and start from it the next time, as"
     " in --statistics in.stats.npz. Delete it when the samples change.",
@@ -224,7 +211,7 @@ def main() -> None:
 )
 @click.option(
     "--save-encodings",
-    type=NEW_FILE,
+    type=FILE,
     metavar="FILE",
     help="Write the scales and zero points that were used, for --encodings.",
 )
@@ -257,6 +244,9 @@ def quantize(
         raise click.UsageError("give samples (--calib PATH) or encodings (--encodings FILE)")
     from onnxq import api, encodings_json
 
+    made = (destination, save_encodings, json_file, given["statistics"])
+    read = (calib, given["encodings"], given["recipe"])
+    api.check_outputs(made, models=[source], others=read)
     model, report = api.quantize(source, destination, calib, progress=_progress(quiet), **given)
     if save_encodings is not None:
         encodings_json.save(model.encodings, save_encodings)
@@ -304,6 +294,8 @@ def run(
     """
     from onnxq import api
 
+    made = (destination, json_file, given["statistics"])
+    api.check_outputs(made, models=[source], others=(calib, recipe))
     _, report = api.run(recipe, source, destination, calib, progress=_progress(quiet), **given)
     _finish(report, source, destination, json_file, quiet)
 
@@ -343,6 +335,7 @@ def compare(
     """
     from onnxq import api, tables
 
+    api.check_outputs([json_file], models=[reference, other], others=[data])
     result = api.compare(reference, other, data, progress=_progress(quiet), **given)
     _write_json(json_file, result.to_dict())
     if not quiet:
@@ -374,6 +367,7 @@ def inspect(source: Path, shapes: Sequence[str], json_file: Path | None, quiet: 
     sizes = dict(_shape(text) for text in shapes)
     from onnxq import api, tables
 
+    api.check_outputs([json_file], models=[source])
     result = api.inspect(source, shapes=sizes)
     _write_json(json_file, result.to_dict())
     if not quiet:

@@ -56,6 +56,8 @@ def load(path: str | os.PathLike[str]) -> Encodings:
     """
     try:
         text = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise RecipeError("no such file", where=path, fix="check the path") from error
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=path) from error
     return loads(text, where=path)

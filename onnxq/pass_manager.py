@@ -12,16 +12,19 @@ import numpy as np
 import onnx
 
 from onnxq.calibration import Calibration, Samples
-from onnxq.errors import CalibrationError, OnnxqError, PassError
+from onnxq.errors import CalibrationError, OnnxqError, PassError, RecipeError
 from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
 from onnxq.progress import Progress, Silent
 from onnxq.report import Changes, PassRecord, Report
-from onnxq.runtime import Session
+from onnxq.runtime import Session, cores
 from onnxq.statistics import Statistics, observe
 from onnxq.targets import Target
 
 __all__ = ["Changes", "Context", "Pass", "PassManager", "options"]
+
+# More is a mistake: each thread takes memory, and samples are in flight for each.
+MOST_THREADS = 1024
 
 After = Callable[["Pass", Model, Changes], None]
 
@@ -64,6 +67,10 @@ class Context:
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
         statistics: Statistics of an earlier run on the same model and data, to be reused.
+
+    Raises:
+        RecipeError: A seed or a number of threads that means nothing.
+        TargetError: No target has that name.
     """
 
     def __init__(
@@ -78,6 +85,10 @@ class Context:
     ) -> None:
         given = data is None or isinstance(data, Calibration)
         self.data: Calibration | None = data if given else Calibration(data)
+        if seed < 0:
+            raise RecipeError(f"seed: wanted 0 or more, got {seed}")
+        if not 0 <= threads <= MOST_THREADS:
+            raise RecipeError(f"threads: wanted 0 (all cores) to {MOST_THREADS}, got {threads}")
         self.seed = seed
         self.target = Target.named(target)
         self.threads = threads
@@ -147,7 +158,10 @@ class Context:
         if self.data is None:
             raise CalibrationError("this needs calibration samples", fix="give data (--calib PATH)")
         data = self.data if not limit else self.data.limited(limit)
-        return data.bind(session.inputs)
+        samples = data.bind(session.inputs)
+        if samples.note is not None and samples.note not in self.report.notes:
+            self.report.notes.append(samples.note)
+        return samples
 
     def statistics(
         self, model: Model, names: Sequence[str], *, histogram: bool = True
@@ -178,7 +192,7 @@ class Context:
                 samples,
                 histogram=histogram,
                 progress=advance,
-                threads=self.threads or None,
+                threads=min(self.threads, cores()) or None,  # more would only take memory
             )
         self._observed = (model.revision, histogram, statistics)
         return statistics

@@ -117,11 +117,14 @@ def load(source: str | os.PathLike[str]) -> Recipe:
     if isinstance(source, str) and source in RECIPES:
         return loads(RECIPES[source], where=f"recipe {source}")
     path = Path(source)
-    if isinstance(source, str) and path.suffix != ".toml" and not path.exists():
-        hint = _hint(source, RECIPES, "recipes are") + ", or give a .toml file"
-        raise RecipeError(f"no recipe {source!r}", fix=hint)
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        if isinstance(source, str) and path.suffix != ".toml":
+            known = f"recipes are {', '.join(RECIPES)}, or give a .toml file"
+            hint = did_you_mean(source, RECIPES, known)
+            raise RecipeError(f"no recipe {source!r}", fix=hint) from error
+        raise RecipeError("no such file", where=path, fix="check the path") from error
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=path) from error
     except UnicodeDecodeError as error:

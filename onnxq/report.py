@@ -75,7 +75,7 @@ class Report:
 
     Attributes:
         passes: One record per pass, in order.
-        notes: What was changed or given up when loading the model.
+        notes: What was changed or given up when loading the model and the samples.
         facts: Measured results by name (bytes, share of MACs in integers, SQNR in dB...).
     """
 

@@ -75,6 +75,8 @@ def error_line(output: dict[str, Any]) -> str:
         parts.append(f"top-1 agreement {100 * output['top1_agreement']:.1f} %")
     if output.get("equal") is not None:
         parts.append(f"equal {100 * output['equal']:.1f} %")
+    if output["left_out"]:
+        parts.append(f"{output['left_out']} values that are NaN or infinite in both left out")
     return ", ".join(parts) + f" on {output['samples']} samples"
 
 
@@ -91,6 +93,10 @@ def comparison(result: Comparison) -> None:
             str(output["samples"]),
         )
     _print(table)
+    for output in (o.to_dict() for o in result.outputs):
+        if output["left_out"]:
+            count = f"{output['left_out']} values that are NaN or infinite in both"
+            click.echo(f"output {output['name']}: {count} are left out")
     first, second = result.bytes
     click.echo(f"bytes: {megabytes(first)} -> {megabytes(second)}, {first / second:.2f} times")
     if result.latency_ms:
@@ -100,6 +106,8 @@ def comparison(result: Comparison) -> None:
             f"latency: {first_ms:.2f} ms -> {second_ms:.2f} ms a sample,"
             f" {first_ms / second_ms:.2f} times, median of alternating runs, {threads}"
         )
+    for note in result.notes:
+        click.echo(f"note: {note}")
 
 
 def inspection(result: Inspection) -> None:

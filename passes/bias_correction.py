@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from onnxq.errors import RecipeError
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
 from onnxq.second_order import collect_means, correct_bias, input_session, rows_of, supports
@@ -38,6 +39,10 @@ class BiasCorrection:
     name: ClassVar[str] = "bias-correction"
 
     limit: int = 32
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise RecipeError(f"limit: wanted 0 or more samples, got {self.limit}")
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Rewrite biases."""

@@ -16,7 +16,7 @@ from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Placement, data_inputs, gate_factor, place
-from onnxq.statistics import Method, TensorStatistics
+from onnxq.statistics import Method, TensorStatistics, check_method
 
 __all__ = ["Calibrate"]
 
@@ -30,6 +30,7 @@ CHANNEL_SAMPLES = 64
 MANY_VALUES = 10_000
 # The range given to a weight of zeros: small, so that the scale of its bias is fine.
 ZERO_WEIGHT = 1e-3
+_FLOATS = (np.float16, np.float32, np.float64)
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
 
@@ -78,6 +79,7 @@ class Calibrate:
     def __post_init__(self) -> None:
         Format.parse(self.weights)
         Format.parse(self.activations)
+        check_method(self.method, self.percentile)
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Fill `model.encodings`."""
@@ -335,12 +337,17 @@ def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding
 
 
 def _check_constants(model: Model, placement: Placement) -> None:
-    """Name a weight or bias that is NaN or infinite before it shows in every activation."""
+    """Name a constant that is NaN before it shows in every activation.
+
+    What runs in integers may not be infinite either; elsewhere, a mask of -inf means something.
+    """
     for node in model.graph.nodes:
-        if node.name in placement.nodes:
-            for tensor in node.inputs:
-                if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.dtype in _FLOATS:
+                if node.name in placement.nodes:
                     finite(model, tensor)
+                elif bad := int(np.isnan(values := model.array(tensor)).sum()):
+                    raise _unhealthy(f"{bad} of {values.size} values are NaN", tensor)
 
 
 def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
@@ -352,12 +359,16 @@ def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
     values = model.array(tensor)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
-        raise ModelError(
-            f"{bad} of {values.size} values are NaN or infinite",
-            where=f"weight {tensor.name}",
-            fix="export the model again from a healthy checkpoint",
-        )
+        raise _unhealthy(f"{bad} of {values.size} values are NaN or infinite", tensor)
     return values
+
+
+def _unhealthy(what: str, tensor: gs.Tensor) -> ModelError:
+    return ModelError(
+        what,
+        where=f"weight {tensor.name}",
+        fix="export the model again from a healthy checkpoint",
+    )
 
 
 def _merged(known: Mapping[str, TensorStatistics], names: list[str]) -> TensorStatistics:

@@ -152,7 +152,7 @@ def test_json_has_what_was_asked_for_and_quiet_says_nothing(tmp_path):
     result = onnxq("compare", MODEL, out, "--data", CALIB, "--limit", 8, "--no-latency", *quiet)
     assert (result.exit_code, result.output) == (0, "")
     found = json.loads(facts.read_text())
-    assert set(found) == {"outputs", "bytes", "latency_ms", "samples", "threads"}
+    assert set(found) == {"outputs", "bytes", "latency_ms", "samples", "threads", "notes"}
     assert found["outputs"][0]["name"] == "logits"
     assert found["samples"] == 8
 
