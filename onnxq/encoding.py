@@ -203,7 +203,7 @@ class Encoding:
                 scale = np.float32(abs(bound) / abs(steps))
                 while scale > 0 and abs(np.float32(steps) * scale) > abs(bound):
                     scale = np.nextafter(scale, np.float32(0))
-        return replace(self, scale=np.array(scale, np.float32))
+        return replace(self, scale=np.array(max(scale, SMALLEST_SCALE), np.float32))
 
     def grid_shape(self, rank: int) -> tuple[int, ...]:
         """The shape in which scales broadcast over a tensor of this rank."""

@@ -71,14 +71,6 @@ class Layer:
         return self.node.outputs[0]
 
     @property
-    def result(self) -> gs.Tensor:
-        """Its output, or that of the only Relu or Clip after it."""
-        readers = self.y.outputs
-        if len(readers) == 1 and readers[0].op in ops.ACTIVATIONS:
-            return self.y if self.model.is_output(self.y) else readers[0].outputs[0]
-        return self.y
-
-    @property
     def weight(self) -> np.ndarray:
         """The weight as it is stored."""
         return self.model.array(self.node.inputs[self.side])

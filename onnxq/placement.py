@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,9 +23,8 @@ from onnxq.model import Layer, Model, consumers, has_subgraph, is_standard, prod
 from onnxq.targets import Kernel, Target
 
 __all__ = [
+    "Ends",
     "Placement",
-    "absorbed",
-    "ceiling",
     "data_inputs",
     "gate_factor",
     "integer_nodes",
@@ -50,7 +49,7 @@ class Placement:
         tensors: Names of the activations that get an encoding, in graph order.
         bounds: Tensor -> the bounds of the Relu or Clip that its encoding takes over.
         moves: (input, output) names that must have the same encoding.
-        joins: (inputs, output) names of each Concat in integers.
+        joins: (inputs, output) names of each Concat in integers, constants included.
         exits: Result of a Conv that only float nodes read -> name of the Conv.
     """
 
@@ -124,49 +123,84 @@ def gate_factor(node: gs.Node) -> int | None:
     return None
 
 
-def absorbed(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
-    """The Relu or Clip after the tensor that quantizing its result makes redundant."""
-    if kernel.role == "move" or model.is_output(tensor) or len(tensor.outputs) != 1:
-        return None
-    node = tensor.outputs[0]
-    return node if activation_bounds(model, node) is not None else None
+def evens_gate(node: gs.Node) -> bool:
+    """Whether the node is the product x * t in a gate (x * t) * f(x), t constant."""
+    readers = consumers(node.outputs[0])
+    if node.op != "Mul" or [r.op for r in readers] != ["Mul"]:
+        return False
+    gates = [producer(t) for t in readers[0].inputs]
+    return any(
+        g is not None and g.op in GATES and any(g.inputs[0] is t for t in node.inputs)
+        for g in gates
+    )
 
 
-def ceiling(model: Model, tensor: gs.Tensor) -> gs.Node | None:
-    """The Min with one bound per channel that alone reads the result of a Relu; None if none does.
+class Ends:
+    """Where the encoding of a result stands: behind the activation that quantizing takes over.
 
-    Behind a convolution in integers it costs one integer Add: the convolution saturates where the
-    bounds are, once each channel is shifted up to the end of the grid.
+    Args:
+        model: The model.
+        left: Names of the nodes that are to stay in float.
     """
-    before, readers = producer(tensor), consumers(tensor)
-    if before is None or before.op != "Relu" or len(readers) != 1 or model.is_output(tensor):
-        return None
-    node = readers[0]
-    if node.op != "Min" or len(node.inputs) != 2 or node.inputs[0] is not tensor:
-        return None
-    bounds = node.inputs[1]
-    if not isinstance(bounds, gs.Constant) or tensor.shape is None:
-        return None
-    shape = tuple(bounds.shape)
-    per_channel = len(shape) == len(tensor.shape) - 1 and shape[1:] == (1,) * (len(shape) - 1)
-    return node if per_channel and (model.array(bounds) > 0).all() else None
+
+    def __init__(self, model: Model, left: Collection[str]) -> None:
+        self._model = model
+        self._left = left
+        self._main = {id(n) for n in model.graph.nodes}
+
+    def absorbed(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
+        """The Relu or Clip after the tensor that quantizing its result makes redundant."""
+        if kernel.role == "move" or self._model.is_output(tensor) or len(tensor.outputs) != 1:
+            return None
+        node = tensor.outputs[0]
+        if id(node) not in self._main or node.name in self._left:  # of a subgraph; excluded
+            return None
+        return node if activation_bounds(self._model, node) is not None else None
+
+    def of(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
+        """The tensor that gets the encoding: the result, or that of what is taken over after it."""
+        activation = self.absorbed(tensor, kernel)
+        if activation is None:
+            return tensor
+        result, before = activation.outputs[0], producer(tensor)
+        minimum = self._ceiling(result) if before is not None and before.op == "Conv" else None
+        return result if minimum is None else minimum.outputs[0]
+
+    def _ceiling(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The Min with one bound per channel that alone reads the result of a Relu.
+
+        Behind a convolution in integers it costs one integer Add: the convolution saturates where
+        the bounds are, once each channel is shifted up to the end of the grid.
+        """
+        before, readers = producer(tensor), consumers(tensor)
+        if before is None or before.op != "Relu" or len(readers) != 1:
+            return None
+        node = readers[0]
+        if node.op != "Min" or len(node.inputs) != 2 or node.inputs[0] is not tensor:
+            return None
+        if self._model.is_output(tensor) or id(node) not in self._main or node.name in self._left:
+            return None
+        bounds = node.inputs[1]
+        if not isinstance(bounds, gs.Constant) or tensor.shape is None:
+            return None
+        shape = tuple(bounds.shape)
+        per_channel = len(shape) == len(tensor.shape) - 1 and shape[1:] == (1,) * (len(shape) - 1)
+        return node if per_channel and (self._model.array(bounds) > 0).all() else None
 
 
 def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
     """The nodes that the encodings of the model let run in integers."""
     found = {}
     encodings = model.encodings
+    ends = Ends(model, encodings.float_nodes)
     for node in model.graph.nodes:
         kernel = target.kernels.get(node.op)
         if kernel is None or node.name in encodings.float_nodes or not is_standard(node):
             continue
-        if any(t.name not in encodings for t in data_inputs(node, kernel) if _varies(t)):
+        if any(t.name not in encodings for t in data_inputs(node, kernel) if t.name):
             continue
-        layer = Layer.of(model, node) if kernel.role == "layer" else None
-        if layer is not None and layer.weight_tensor.name not in encodings:
-            continue
-        ends = [_end(model, t, kernel) for t in node.outputs if t.name]
-        if not kernel.float_output and any(t.name not in encodings for t in ends):
+        results = [ends.of(t, kernel) for t in node.outputs if t.name]
+        if not kernel.float_output and any(t.name not in encodings for t in results):
             continue
         found[node.name] = kernel
     return found
@@ -193,6 +227,7 @@ class _Placer:
     def __init__(self, model: Model, target: Target, excluded: set[str]) -> None:
         self.model = model
         self.target = target
+        self.ends = Ends(model, excluded)
         self.reasons: dict[str, str] = {}
         self.nodes: dict[int, gs.Node] = {}
         for node in model.graph.nodes:
@@ -203,7 +238,7 @@ class _Placer:
                 self.reasons[node.name] = why
         # tensor that gets the encoding -> the node that it is the result of
         self.origins = {
-            id(_end(model, t, self.kernel(n))): n
+            id(self.ends.of(t, self.kernel(n))): n
             for n in self.nodes.values()
             for t in n.outputs
             if t.name
@@ -238,12 +273,14 @@ class _Placer:
             if tensor.name and tensor.dtype is not None and tensor.dtype != np.float32:
                 return "does not compute in float32"
         if not any(_varies(t) for t in data):
-            return "computes a constant"
+            return "its data are constants"
         if kernel.role == "move":
             return self._unfit_move(node)
         if kernel.role == "layer":
             return self._unfit_layer(node)
         if kernel.role == "elementwise" and any(not _varies(t) for t in data):
+            if evens_gate(node):
+                return "with one scale for all it could not even out the channels of its gate"
             if any(self._wide(t) for t in data if not _varies(t)):
                 return "one scale for its constant would round the small values away"
             source = next(t for t in data if _varies(t))
@@ -260,23 +297,20 @@ class _Placer:
     def _unfit_layer(self, node: gs.Node) -> str | None:
         layer = Layer.of(self.model, node)
         if layer is None:
-            if node.op != "MatMul" or isinstance(node.inputs[0], gs.Constant):
-                return "its weight is computed, not constant"
-            return None
+            return None if node.op == "MatMul" else "its weight is computed, not constant"
         if node.op == "Gemm" and layer.side != 1:
             return "its weight is on the left side"
         if node.op == "Gemm" and float(node.attrs.get("beta", 1.0)) != 1.0:
             return "its beta is not 1"
-        bias = layer.bias_tensor
-        if bias is not None and not isinstance(bias, gs.Constant):
+        if layer.bias_tensor is not None and layer.bias is None:
             return "its bias is computed, not constant"
+        if layer.bias is not None and not _one_row(layer.bias.shape, layer.output_channels):
+            return "its bias is not one value per output channel"
         return None
 
     def _unfit_move(self, node: gs.Node) -> str | None:
         if not ops.is_movement(node.op, node.attrs):
             return f"{self.target.name} has no integer {node.op} in this mode"
-        if not _varies(node.inputs[0]):
-            return "computes a constant"
         if sum(bool(t.name) for t in node.outputs) > 1 and node.op != "Split":
             return "gives a second output"
         if node.op == "Pad" and len(node.inputs) > 2 and node.inputs[2].name:
@@ -296,7 +330,7 @@ class _Placer:
         kernel = self.kernel(node)
         if kernel.role == "layer":
             return None
-        ends = [_end(self.model, t, kernel) for t in node.outputs if t.name]
+        ends = [self.ends.of(t, kernel) for t in node.outputs if t.name]
         if not any(self._read(t) for t in ends):
             return "nothing reads its result as integers"
         if kernel.role == "move":
@@ -321,9 +355,8 @@ class _Placer:
             node = self.origins.get(id(tensor))
             if node is None or id(node) not in self.nodes:
                 return False
-            kernel = self.kernel(node)
-            if kernel.role != "move":
-                return not kernel.float_output or self._read(tensor)
+            if self.kernel(node).role != "move":
+                return True
             tensor = node.inputs[0]
         return True
 
@@ -344,8 +377,8 @@ class _Placer:
             if kernel.role == "move":
                 result.moves += [(data[0].name, t.name) for t in node.outputs if t.name in wanted]
             if kernel.role == "join":
-                end = _end(self.model, node.outputs[0], kernel)
-                result.joins.append(([t.name for t in data], end.name))
+                end = self.ends.of(node.outputs[0], kernel)
+                result.joins.append(([t.name for t in node.inputs], end.name))
         result.tensors = list(wanted)
         return result
 
@@ -355,7 +388,7 @@ class _Placer:
         if not tensor.name:
             return
         kernel = self.kernel(node)
-        end = _end(self.model, tensor, kernel)
+        end = self.ends.of(tensor, kernel)
         if kernel.float_output and not self._read(end):
             return
         wanted[end.name] = None
@@ -373,15 +406,9 @@ class _Placer:
                 self.reasons.pop(before.name, None)
 
 
-def _end(model: Model, tensor: gs.Tensor, kernel: Kernel) -> gs.Tensor:
-    """The tensor that gets the encoding: after the activation that it takes over."""
-    activation = absorbed(model, tensor, kernel)
-    if activation is None:
-        return tensor
-    result = activation.outputs[0]
-    before = producer(tensor)
-    bounds = None if before is None or before.op != "Conv" else ceiling(model, result)
-    return result if bounds is None else bounds.outputs[0]
+def _one_row(shape: Sequence[int], channels: int) -> bool:
+    """Whether a bias of this shape is the same for every row: [], [1], [C], [1, C]."""
+    return all(n == 1 for n in shape[:-1]) and all(n in (1, channels) for n in shape[-1:])
 
 
 def _varies(tensor: gs.Tensor) -> bool:

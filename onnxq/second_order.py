@@ -135,7 +135,8 @@ class _Source:
 
     def add_moment(self, x: np.ndarray, patches: int, rng: np.random.Generator) -> None:
         drawn = self._draw(x, patches, rng)
-        grouped = drawn.reshape(len(drawn), self.groups, -1).transpose(1, 0, 2)
+        columns = drawn.shape[1] // self.groups  # -1 would not do: there may be no patch
+        grouped = drawn.reshape(len(drawn), self.groups, columns).transpose(1, 0, 2)
         moment = np.matmul(grouped.transpose(0, 2, 1), grouped).astype(np.float64)
         sums = grouped.sum(axis=1, dtype=np.float64)
         self.moment = moment if self.moment is None else self.moment + moment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
@@ -15,7 +15,7 @@ from onnxq.errors import ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import Placement, data_inputs, gate_factor, place
+from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
 from onnxq.statistics import Method, TensorStatistics, check_method
 
 __all__ = ["Calibrate"]
@@ -48,6 +48,7 @@ class Calibrate:
     1. A tensor that only moves data (Reshape, MaxPool, Pad...) has the encoding of its source.
     2. The inputs of a Concat take the encoding of its result, unless that would undo a Relu or
        Clip of theirs or coarsen them for their other readers; those are requantized instead.
+       Its constants keep one of their own.
     3. The range after a Relu or Clip stays within its bounds, so that the runtime can drop it.
     4. The result of a Conv that only float nodes read (a model's output, a float activation) has a
        scale and zero point per channel: the runtime multiplies them into the weight's scales, so
@@ -92,8 +93,9 @@ class Calibrate:
             if layer.name in placement.float_nodes:
                 changes.skip(layer.name, placement.float_nodes[layer.name])
         _check_constants(model, placement)
-        activations = _Activations(self, model, placement, ctx).encode()
-        activations.update(self._encode_exits(model, placement, ctx))
+        measured = _Activations(self, model, placement, ctx)
+        activations = measured.encode()
+        activations.update(self._encode_exits(model, measured, ctx))
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
@@ -101,19 +103,21 @@ class Calibrate:
         return changes
 
     def _encode_exits(
-        self, model: Model, placement: Placement, ctx: Context
+        self, model: Model, measured: _Activations, ctx: Context
     ) -> dict[str, Encoding]:
         """Encodings per channel for results of convolutions that leave the integers."""
         dtype = Format.parse(self.activations).dtype
-        names = [
-            n for n in placement.exits if placement.bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)
-        ]
-        found = {}
         if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
             return {}
-        tensors = model.tensors()
-        shapes = {n: tensors[n].shape or () for n in names}
-        names = [n for n in names if _many_values(shapes[n][2:])]
+        bounds = measured.placement.bounds
+        channels = {layer.name: layer.output_channels for layer in model.layers()}
+        names = [
+            name
+            for name, conv in measured.placement.exits.items()
+            if bounds.get(name, (0.0, np.inf)) == (0.0, np.inf)
+            and _many_values(measured.statistics[name], channels[conv])
+        ]
+        found = {}
         for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
             low, high = _with_margin(low, high)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
@@ -121,38 +125,45 @@ class Calibrate:
 
     def _encode_constants(self, model: Model, placement: Placement) -> int:
         count = 0
+        ends = Ends(model, placement.float_nodes)
         for node in model.graph.nodes:
             if node.name not in placement.nodes:
                 continue
             layer = Layer.of(model, node)
             if layer is not None:
-                self._encode_weight(model, layer)
+                end = ends.of(layer.y, placement.nodes[node.name])
+                self._encode_weight(model, layer, model.encodings.get(end.name))
                 count += 1
                 continue
-            for tensor in data_inputs(node, placement.nodes[node.name]):
-                if isinstance(tensor, gs.Constant) and tensor.name not in model.encodings:
-                    values = finite(model, tensor)
-                    dtype = Format.parse(self.activations).dtype
-                    model.encodings[tensor.name] = Encoding.of_range(
-                        values.min(initial=0), values.max(initial=0), dtype
-                    )
+            for index, tensor in enumerate(data_inputs(node, placement.nodes[node.name])):
+                if isinstance(tensor, gs.Constant):
+                    self._encode_operand(model, node, index, tensor)
         return count
 
-    def _encode_weight(self, model: Model, layer: Layer) -> None:
+    def _encode_operand(self, model: Model, node: gs.Node, index: int, tensor: gs.Constant) -> None:
+        """Of a constant that is added, multiplied or joined: as activations are written."""
+        values = finite(model, tensor)
+        dtype = Format.parse(self.activations).dtype
+        encoding = Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
+        if model.encodings.get(tensor.name, encoding) != encoding:  # it is a weight, too
+            tensor = node.inputs[index] = model.constant(f"{tensor.name}.{node.name}", values)
+        model.encodings[tensor.name] = encoding
+
+    def _encode_weight(self, model: Model, layer: Layer, leaving: Encoding | None) -> None:
+        """Of the weight of a layer, given the encoding of the layer's result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
         encoding = self._weight_encoding(layer, values)
-        if known is not None and known.axis != encoding.axis:
-            layer.set_weight(values)  # a copy: another layer reads it along another axis
+        if known is not None and (known.dtype, known.axis) != (encoding.dtype, encoding.axis):
+            layer.set_weight(values)  # a copy: it is read along another axis, or as an activation
             known = None
         if known is not None:
             encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))
         x = model.encodings.get(layer.x.name)
         if x is not None and layer.op in ("Conv", "Gemm"):
             bias = np.zeros(1) if layer.bias is None else finite(model, layer.bias_tensor)
-            exit_encoding = model.encodings.get(layer.result.name)
-            if exit_encoding is not None and exit_encoding.axis is not None:
-                bias = bias + exit_encoding.scale * exit_encoding.zero_point
+            if leaving is not None and leaving.axis is not None:
+                bias = bias + leaving.scale * leaving.zero_point
             encoding = guard_bias(encoding, bias, float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
@@ -176,13 +187,13 @@ class Calibrate:
         )
 
 
-def _many_values(spatial: Sequence[object]) -> bool:
-    """Whether the samples give each channel enough values to believe its range.
+def _many_values(seen: TensorStatistics, channels: int) -> bool:
+    """Whether the samples gave each channel enough values to believe its range.
 
     A class that no sample belongs to has shown none of its large logits.
     """
-    sizes = [s if isinstance(s, int) else MANY_VALUES for s in spatial]
-    return bool(CHANNEL_SAMPLES * np.prod(sizes, initial=1) >= MANY_VALUES)
+    share = min(1.0, CHANNEL_SAMPLES / max(seen.batches, 1))
+    return share * seen.count >= MANY_VALUES * channels
 
 
 def _with_margin(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -202,25 +213,40 @@ class _Activations:
         self.source = {name: name for name in placement.tensors}
         for name, result in placement.moves:
             self.source[result] = self.source[name]
-        joined = {out: names for names, out in placement.joins if out not in placement.bounds}
+        # a Concat of activations alone has the statistics of its inputs
+        joined = {
+            out
+            for names, out in placement.joins
+            if out not in placement.bounds and all(n in self.source for n in names)
+        }
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
         measured = ctx.statistics(model, observed, histogram=histogram)
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
-        self.readers = {n: len(consumers(t)) for n, t in model.tensors().items()}
+        self.readers = self._count_readers(model)
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
         for names, out in placement.joins:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
 
+    def _count_readers(self, model: Model) -> dict[str, int]:
+        """How many read a tensor, or what is only moved from it; the model's outputs count."""
+        nodes, tensors = self.placement.nodes, model.tensors()
+        readers = dict.fromkeys(self.source.values(), 0)
+        for name, root in self.source.items():
+            readers[root] += model.is_output(tensors[name])
+            for node in consumers(tensors[name]):
+                kernel = nodes.get(node.name)
+                readers[root] += kernel is None or kernel.role != "move"
+        return readers
+
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
         for names, out in reversed(self.placement.joins):
             joint = encodings[self.source[out]]
-            for name in names:
-                root = self.source[name]
+            for root in dict.fromkeys(self.source[n] for n in names if n in self.source):
                 if self._may_share(root, encodings[root], joint):
                     encodings[root] = joint
         return {name: encodings[root] for name, root in self.source.items()}
@@ -321,14 +347,12 @@ def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding
 
     Args:
         encoding: Of the weight, per tensor or per channel.
-        bias: One value per output channel.
+        bias: One value per output channel, or one for all.
         x_scale: Scale of the layer's input.
     """
     needed = np.abs(np.asarray(bias, np.float64).reshape(-1)) / (x_scale * BIAS_LIMIT)
     if encoding.axis is None:
         needed = needed.max(initial=0.0)
-    elif needed.shape != encoding.scale.shape:
-        return encoding
     if np.all(needed <= encoding.scale):
         return encoding
     return replace(

@@ -12,7 +12,7 @@ from onnxq.encoding import Encoding
 from onnxq.model import Layer, Model, consumers, producer, rewire
 from onnxq.ops import bias_input
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import absorbed, ceiling, data_inputs, integer_nodes
+from onnxq.placement import Ends, data_inputs, integer_nodes
 from onnxq.targets import Kernel
 
 __all__ = ["InsertQDQ"]
@@ -56,8 +56,11 @@ class InsertQDQ:
         changes = Changes()
         model.raise_opset(13)
         nodes = integer_nodes(model, ctx.target)
+        ends = Ends(model, model.encodings.float_nodes)
         lowered = [
-            _lower_ceiling(model, n, changes) for n in [*model.graph.nodes] if n.name in nodes
+            _lower_ceiling(model, n, ends.of(n.outputs[0], nodes[n.name]), changes)
+            for n in [*model.graph.nodes]
+            if n.name in nodes
         ]
         if any(lowered):
             nodes = integer_nodes(model, ctx.target)
@@ -73,14 +76,12 @@ class InsertQDQ:
         return changes
 
 
-def _lower_ceiling(model: Model, node: gs.Node, changes: Changes) -> bool:
+def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Changes) -> bool:
     """Turn the bounds per channel behind a convolution into saturation; False if it has none."""
-    readers = consumers(node.outputs[0])
-    minimum = ceiling(model, readers[0].outputs[0]) if len(readers) == 1 and readers else None
-    layer = Layer.of(model, node)
-    if layer is None or layer.op != "Conv" or minimum is None:
+    minimum, layer = producer(result), Layer.of(model, node)
+    if layer is None or layer.op != "Conv" or minimum is None or minimum.op != "Min":
         return False
-    relu, result = readers[0], minimum.outputs[0]
+    relu = minimum.inputs[0].inputs[0]
     encoding = model.encodings[result.name]
     bounds = model.array(minimum.inputs[1]).reshape(-1).astype(np.float64)
     scale = float(encoding.scale)
@@ -112,6 +113,7 @@ class _Writer:
         self.model = model
         self.kernels = {id(n): nodes[n.name] for n in model.graph.nodes if n.name in nodes}
         self.nodes = [n for n in model.graph.nodes if id(n) in self.kernels]
+        self.ends = Ends(model, model.encodings.float_nodes)
         self.added: list[gs.Node] = []
         self.pairs = 0
         self._integers: dict[str, gs.Variable] = {}
@@ -139,7 +141,8 @@ class _Writer:
         """The encoding per channel of a convolution's result; None if it has one scale."""
         if layer is None or layer.op != "Conv":
             return None
-        encoding = self.model.encodings.get(layer.result.name)
+        end = self.ends.of(layer.y, self.kernels[id(layer.node)])
+        encoding = self.model.encodings.get(end.name)
         return encoding if encoding is not None and encoding.axis is not None else None
 
     def _scaled(
@@ -201,8 +204,7 @@ class _Writer:
                     reads[tensor.name] = tensor
             for tensor in node.outputs:
                 if tensor.name:
-                    activation = absorbed(self.model, tensor, kernel)
-                    end = tensor if activation is None else activation.outputs[0]
+                    end = self.ends.of(tensor, kernel)
                     if end.name in self.model.encodings:
                         results[end.name] = end
         pads = {id(n): n for n in self.nodes if n.op == "Pad"}

@@ -8,7 +8,7 @@ from typing import ClassVar
 import onnx_graphsurgeon as gs
 
 from onnxq import encodings_json, ops
-from onnxq.encoding import Encoding
+from onnxq.encoding import Encoding, Encodings
 from onnxq.errors import RecipeError, did_you_mean
 from onnxq.model import Model, producer
 from onnxq.pass_manager import Changes, Context
@@ -41,6 +41,7 @@ class LoadEncodings:
         changes = Changes()
         model.raise_opset(13)
         encodings = encodings_json.load(self.path)
+        _copy_shared(model, encodings)
         known = [*model.tensors()]
         nodes = [n.name for n in model.graph.nodes]
         for name, names, kind in (
@@ -88,3 +89,13 @@ def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None
     if isinstance(size, int) and size != encoding.scale.size:
         return f"{encoding.scale.size} scales for {size} channels along axis {axis}"
     return None
+
+
+def _copy_shared(model: Model, encodings: Encodings) -> None:
+    """Give nodes the copies of shared constants that calibrate made, by the names it gave them."""
+    known = model.tensors()
+    for node in model.graph.nodes:
+        for index, tensor in enumerate(node.inputs):
+            name = f"{tensor.name}.{node.name}"
+            if isinstance(tensor, gs.Constant) and name in encodings and name not in known:
+                node.inputs[index] = model.constant(name, model.array(tensor))

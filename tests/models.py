@@ -113,10 +113,10 @@ class ChainBuilder:
         )
         self.name, self.channels, self.spatial = "x", channels, spatial
 
-    def constant(self, array: np.ndarray) -> str:
-        """Add a float32 initializer."""
+    def constant(self, array: np.ndarray, dtype: type = np.float32) -> str:
+        """Add an initializer."""
         name = f"c{len(self.constants)}"
-        self.constants.append(numpy_helper.from_array(np.asarray(array, np.float32), name))
+        self.constants.append(numpy_helper.from_array(np.asarray(array, dtype), name))
         return name
 
     def node(self, op: str, *inputs: str, **attrs: object) -> str:
@@ -250,3 +250,101 @@ def _pool(draw: st.DrawFn, chain: ChainBuilder) -> None:
     if min(chain.spatial) >= 2:
         chain.name = chain.node("MaxPool", chain.name, kernel_shape=[2] * rank)
         chain.spatial = tuple(n - 1 for n in chain.spatial)
+
+
+# ---------------------------------------------------------------------- random networks
+
+
+@st.composite
+def networks(draw: st.DrawFn, *, most: int = 8) -> onnx.ModelProto:
+    """Random small networks: layers, and all that may join them in integers or break the flow."""
+    spatial = draw(st.sampled_from([(9,), (9, 8)]))
+    seed, channels = draw(st.integers(0, 999)), draw(st.sampled_from([2, 4]))
+    chain = ChainBuilder(spatial, channels, seed)
+    steps = (_conv, _conv, _nonlinear, _nonlinear, _residual, _concat, _pool, _average)
+    steps = (*steps, _gate, _padded, _halves, _turned, _scaled_by, _island, _beside)
+    picked = draw(st.lists(st.sampled_from(steps), min_size=1, max_size=most))
+    picked.insert(draw(st.integers(0, len(picked))), _conv)
+    for step in picked:
+        step(draw, chain)
+    if draw(st.booleans()):
+        _head(draw, chain)
+    return chain.build()
+
+
+def _nonlinear(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    op = draw(st.sampled_from(["Relu", "Clip", "Clip", "LeakyRelu", "Sigmoid"]))
+    limits = draw(st.sampled_from([(0, 6), (0.5, 3), (-0.3, 2.7)])) if op == "Clip" else ()
+    chain.name = chain.node(op, chain.name, *(chain.constant(np.array(n)) for n in limits))
+
+
+def _average(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    if min(chain.spatial) >= 2:
+        size = [2] * len(chain.spatial)
+        chain.name = chain.node("AveragePool", chain.name, kernel_shape=size)
+        chain.spatial = tuple(n - 1 for n in chain.spatial)
+
+
+def _gate(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    gate = chain.node(draw(st.sampled_from(["Sigmoid", "HardSigmoid", "Tanh"])), chain.name)
+    chain.name = chain.node("Mul", *draw(st.permutations([chain.name, gate])))
+
+
+def _padded(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    before, after = draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    rank = len(chain.spatial)
+    pads = np.array([0, 0, *[before] * rank, 0, 0, *[after] * rank])
+    mode = draw(st.sampled_from(["constant", "edge", "reflect"]))
+    if mode == "reflect" and max(before, after) >= min(chain.spatial):
+        mode = "edge"
+    chain.name = chain.node("Pad", chain.name, chain.constant(pads, np.int64), mode=mode)
+    chain.spatial = tuple(n + before + after for n in chain.spatial)
+
+
+def _halves(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    """Split channels, do something to the first half, put both together in another order."""
+    first = draw(st.integers(1, chain.channels))
+    if first == chain.channels:
+        return
+    sizes = chain.constant(np.array([first, chain.channels - first]), np.int64)
+    one = chain.node("Split", chain.name, sizes, axis=1)
+    two = f"{one}_rest"
+    chain.nodes[-1].output.append(two)
+    one = chain.node(draw(st.sampled_from(["Relu", "Tanh", "Identity"])), one)
+    chain.name = chain.node("Concat", *draw(st.permutations([one, two])), axis=1)
+
+
+def _turned(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    order = [0, 1, *reversed(range(2, 2 + len(chain.spatial)))]
+    chain.name = chain.node("Transpose", chain.name, perm=order)
+    chain.spatial = chain.spatial[::-1]
+
+
+def _scaled_by(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    values = chain.rng.uniform(0.5, 2, (chain.channels, *[1] * len(chain.spatial)))
+    op = draw(st.sampled_from(["Add", "Mul"]))
+    chain.name = chain.node(op, *draw(st.permutations([chain.name, chain.constant(values)])))
+
+
+def _island(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    chain.name = chain.node(draw(st.sampled_from(["Tanh", "Abs", "Erf", "Softsign"])), chain.name)
+
+
+def _beside(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    """A tensor that a layer and a float operator read, side by side."""
+    shape = (chain.channels, chain.channels, *[1] * len(chain.spatial))
+    layer = chain.node("Conv", chain.name, chain.constant(chain.rng.normal(size=shape)))
+    other = chain.node(draw(st.sampled_from(["Tanh", "Relu"])), chain.name)
+    chain.name = chain.node("Add", *draw(st.permutations([layer, other])))
+
+
+def _head(draw: st.DrawFn, chain: ChainBuilder) -> None:
+    chain.name = chain.node("Flatten", chain.node("GlobalAveragePool", chain.name))
+    weight = chain.constant(chain.rng.normal(size=(chain.channels, 3)))
+    if draw(st.booleans()):
+        chain.name = chain.node(
+            "Gemm", chain.name, weight, chain.constant(chain.rng.normal(size=3))
+        )
+    else:
+        chain.name = chain.node("MatMul", chain.name, weight)
+    chain.channels, chain.spatial = 3, ()

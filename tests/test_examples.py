@@ -1,5 +1,6 @@
 """The example that `make demo` and the README run: the model, its data, the way to int8."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+
+import onnxq
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
 
@@ -65,15 +68,38 @@ def test_score_refuses_what_it_cannot_score(arguments):
     assert run("score.py", *arguments).returncode != 0
 
 
-def test_the_demo_from_end_to_end(score, tmp_path):
-    done = run("demo.py", tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """What the demo says, and the folder that it writes to."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run("demo.py", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    before, after = DIGITS / "digits.onnx", tmp_path / "digits.int8.onnx"
+    return done, folder
+
+
+def test_the_demo_from_end_to_end(score, demo):
+    done, folder = demo
+    before, after = DIGITS / "digits.onnx", folder / "digits.int8.onnx"
     assert after.stat().st_size < before.stat().st_size
     accuracy = [score.top1(score.predictions(model)) for model in (before, after)]
     assert abs(accuracy[0] - accuracy[1]) <= 1
     said = re.search(r"^  right +([\d.]+) % +([\d.]+) %", done.stdout, re.MULTILINE)
     assert [float(n) for n in said.groups()] == pytest.approx(accuracy)
+
+
+def test_every_run_gives_the_same_bytes(demo, tmp_path):
+    """In this process and in the demo's, whose hashes differ, on any number of threads."""
+    _, folder = demo
+    digests = {sha256(folder / "digits.int8.onnx")}
+    for index, threads in enumerate((0, 0, 1, 3)):
+        out = tmp_path / f"{index}.onnx"
+        onnxq.quantize(DIGITS / "digits.onnx", out, DIGITS / "calib", threads=threads)
+        digests.add(sha256(out))
+    assert len(digests) == 1
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def run(script, *arguments):

@@ -143,6 +143,13 @@ def test_within_looks_at_the_rounded_scale():
         assert encoding.scale == pytest.approx(high / 255, rel=1e-6)
 
 
+@pytest.mark.parametrize("bounds", [(0.0, 1e-36), (-1e-36, 0.0), (-1e-40, 1e-40)])
+def test_within_keeps_a_scale_where_the_bounds_leave_none(bounds):
+    encoding = Encoding.of_range(*bounds, "uint8").within(*bounds)
+    assert encoding.scale == SMALLEST_SCALE
+    assert max(-encoding.low, encoding.high) < 1e-7  # what onnxruntime takes for inside
+
+
 def test_within_changes_nothing_inside():
     encoding = Encoding.of_range(0, 3, "uint8")
     assert encoding.within(0, 6) == encoding

@@ -5,8 +5,11 @@ import pytest
 
 from onnxq.errors import RecipeError
 from onnxq.model import load
-from onnxq.placement import gate_factor, match_nodes, place
+from onnxq.pass_manager import Context
+from onnxq.passes import Calibrate
+from onnxq.placement import evens_gate, gate_factor, integer_nodes, match_nodes, place
 from onnxq.targets import TARGETS
+from tests import models
 from tests.models import parse
 
 ORT = TARGETS["ort-cpu"]
@@ -85,6 +88,16 @@ def test_excluding_a_layer_frees_its_surroundings():
         ("g (float16[N,4] x) => (float16[] y) <float16[4,5] w> { y = MatMul(x, w) }", "float32"),
         ("g (float[N,4,5,5] x) => (float[] y) <float[4,3,2,2] w> { y = ConvTranspose(x, w) }",
          "no integer ConvTranspose"),
+        ("g (float[N,4,5,5] x) => (float[] y) <float[4,3,2,2] w>"
+         "{ y = ConvTranspose<group=2>(x, w) }", "no integer ConvTranspose"),
+        ("g (float[N,4,5,5] x, float[3,4,2,2] z) => (float[] y) { y = Conv(x, z) }",
+         "weight is computed"),
+        ("g (float[2,4] x) => (float[] y) <float[4,5] w, float[2,5] b> { y = Gemm(x, w, b) }",
+         "one value per output channel"),
+        ("g (float[5,4] x) => (float[] y) <float[4,5] w, float[5,1] b> { y = Gemm(x, w, b) }",
+         "one value per output channel"),
+        ("g (float[5,4] x) => (float[] y) <float[4,1] w, float[5,1] b> { y = Gemm(x, w, b) }",
+         "one value per output channel"),
     ],
 )  # fmt: skip
 def test_reasons(text, why):
@@ -177,3 +190,274 @@ def test_gates():
     )
     nodes = load(parse(text)).graph.nodes
     assert [gate_factor(n) for n in nodes] == [None, None, 1, None, None]
+
+
+def test_heads_tails_and_islands():
+    """What stands before the first layer, after the last one, and floats between two."""
+    found = placed(
+        f"{X} <float[4,4,1,1] w, float[4,4,1,1] v, float[4] k, int64[2] s>"
+        "{ h = Tanh(x) i = MaxPool<kernel_shape=[2,2]>(h) c = Conv(i, w) e = Exp(c) a = Add(e, c)"
+        " d = Conv(a, v) g = GlobalAveragePool(d) f = Flatten(g) m = Mul(f, k) y = Softmax(m) }",
+        k=[1, 2, 3, 4],
+        s=[0, -1],
+    )
+    assert set(found.nodes) == {"i", "c", "d"}
+    assert found.tensors == ["h", "i", "c", "a", "d"]
+    assert found.exits == {"c": "c", "d": "d"}
+    assert found.float_nodes["a"] == "an input of it is computed in float"
+    for name in ("g", "f", "m", "y"):
+        assert found.float_nodes[name] == "nothing reads its result as integers"
+
+
+def test_a_residual_block():
+    found = placed(
+        f"{X} <float[4,4,1,1] w, float[4,4,3,3] v, float[4,4,1,1] u>"
+        "{ c = Conv(x, w) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, v) a = Add(d, r) q = Relu(a)"
+        " y = Conv(q, u) }"
+    )
+    assert set(found.nodes) == {"c", "d", "a", "y"}
+    assert found.tensors == ["x", "r", "d", "q", "y"]
+    assert set(found.bounds) == {"r", "q"}
+
+
+def test_attention():
+    """Products of two activations are layers; what scales their float result is not worth it."""
+    found = placed(
+        "g (float[N,6,8] x) => (float[] y) <float[8,8] q, float[8,8] k, float[8,8] v, float s,"
+        "float[8,4] o> { a = MatMul(x, q) b = MatMul(x, k) c = MatMul(x, v)"
+        " t = Transpose<perm=[0,2,1]>(b) d = MatMul(a, t) e = Mul(d, s) p = Softmax(e)"
+        " z = MatMul(p, c) y = MatMul(z, o) }",
+        s=0.35,
+    )
+    assert set(found.nodes) == {"a", "b", "c", "t", "d", "z", "y"}
+    assert found.float_nodes["e"] == "the layer before it gives float at no cost"
+    assert found.float_nodes["p"] == "an input of it is computed in float"
+    assert found.tensors == ["x", "a", "b", "c", "t", "p", "z"]  # d and y leave as floats
+    assert found.exits == {}
+    assert found.moves == [("b", "t")]
+
+
+def test_a_product_that_integers_read_is_written_in_integers():
+    found = placed(
+        "g (float[N,6,8] x) => (float[] y) <float[8,8] w, float[8,4] v>"
+        "{ a = MatMul(x, w) r = Relu(a) s = Add(r, x) y = MatMul(s, v) }"
+    )
+    assert set(found.nodes) == {"a", "s", "y"}
+    assert found.tensors == ["x", "r", "s"]
+    assert found.bounds == {"r": (0.0, float("inf"))}
+
+
+def test_a_concat_joins_if_one_input_arrives_as_integers():
+    text = (
+        f"{X} <float[4,4,1,1] w, float[4,8,1,1] v>"
+        "{ c = FIRST e = Exp(x) s = Concat<axis=1>(c, e) y = Conv(s, v) }"
+    )
+    assert set(placed(text.replace("FIRST", "Conv(x, w)")).nodes) == {"c", "s", "y"}
+    found = placed(text.replace("FIRST", "Tanh(x)"))
+    assert set(found.nodes) == {"y"}
+    assert found.float_nodes["s"] == "an input of it is computed in float"
+
+
+def test_constants_of_a_concat_are_named_with_its_inputs():
+    found = placed(
+        f"{X} <float[4,4,1,1] w, float[2,1,8,8] k, float[4,6,1,1] v>"
+        "{ c = Conv(x, w) s = Concat<axis=1>(k, c, k) y = Conv(s, v) }"
+    )
+    assert found.joins == [(["k", "c", "k"], "s")]
+    assert "k" not in found.tensors
+
+
+def test_all_outputs_of_a_split_are_written():
+    found = placed(
+        f"{X} <float[4,4,1,1] w, int64[3] s, float[4,1,1,1] v>"
+        "{ c = Conv(x, w) a, b, d = Split<axis=1>(c, s) e = Exp(b) f = Conv(d, v)"
+        " y = Concat<axis=1>(a, e, f) }",
+        s=[1, 2, 1],
+    )
+    assert set(found.nodes) == {"c", "a", "f"}
+    assert found.moves == [("c", "a"), ("c", "b"), ("c", "d")]
+    assert set(found.tensors) == {"x", "c", "a", "b", "d", "f"}
+
+
+def test_a_move_that_only_floats_read_stays_in_float():
+    found = placed(
+        f"{X} <float[4,4,1,1] w> {{ c = Conv(x, w) t = Transpose<perm=[0,2,3,1]>(c) y = Exp(t) }}"
+    )
+    assert set(found.nodes) == {"c"}
+    assert found.float_nodes["t"] == "nothing reads its result as integers"
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        ('Resize<mode="linear">(c, , f)', "no integer Resize in this mode"),
+        ('Resize<mode="cubic">(c, , f)', "no integer Resize in this mode"),
+        ('Resize<mode="nearest">(c, , f)', None),
+        ('Pad<mode="reflect">(c, p)', None),
+        ('Pad<mode="edge">(c, p, k)', "pads with something else than zero"),
+        ("Pad(c, p, q)", "pads with something else than zero"),
+        ("Pad(c, p, )", None),
+        ("Sub(c, c)", "no integer Sub"),
+        ("Max(c, c)", "no integer Max"),
+        ("LeakyRelu(c)", None),
+        ("Softmax(c)", None),
+    ],
+)
+def test_modes_and_operators(node, why):
+    text = (
+        "g (float[N,4,8,8] x, float q) => (float[] y) <float[4,4,1,1] w, float[4] f, int64[8] p,"
+        f"float k, float[4,4,1,1] v> {{ c = Conv(x, w) a = {node} y = Conv(a, v) }}"
+    )
+    found = placed(text, f=[1, 1, 2, 2], p=1, k=3.0)
+    if why is None:
+        assert set(found.nodes) == {"c", "a", "y"}
+    else:
+        assert why in found.float_nodes["a"]
+
+
+def test_a_table_of_constants_stays_in_float():
+    found = placed(
+        "g (int64[N,6] x) => (float[] y) <float[10,8] t, float[8,4] w>"
+        "{ a = Gather(t, x) y = MatMul(a, w) }"
+    )
+    assert set(found.nodes) == {"y"}
+    assert found.float_nodes["a"] == "its data are constants"
+    assert found.tensors == ["a"]
+
+
+def test_operators_of_other_domains_stay_in_float():
+    proto = parse(f"{X} <float[4,4,1,1] w, float[4,4,1,1] v> {{ c = Conv(x, w) y = Conv(c, v) }}")
+    proto.graph.node[0].domain = "other"
+    model = load(proto)
+    name = model.graph.nodes[0].name
+    assert place(model, ORT).float_nodes[name] == "ort-cpu has no integer Conv"
+
+
+@pytest.mark.parametrize(
+    "limits", ["lo, z", "z, hi", "z, ", ", z"], ids=["upper", "lower", "lower alone", "upper alone"]
+)
+def test_a_clip_with_computed_bounds_is_not_taken_over(limits):
+    found = placed(
+        "g (float[N,4,8,8] x, float z) => (float[] y) <float[4,4,3,3] w, float lo, float hi,"
+        f"float[4,4,3,3] v> {{ c = Conv(x, w) r = Clip(c, {limits}) y = Conv(r, v) }}",
+        lo=0,
+        hi=6,
+    )
+    assert set(found.nodes) == {"c", "y"}
+    assert found.bounds == {}
+    assert {"c", "r"} <= set(found.tensors)
+    assert found.exits["c"] == "c"
+
+
+@pytest.mark.parametrize(
+    ("limits", "bounds"),
+    [("lo", (-2, np.inf)), ("lo, hi", (-2, 6)), (", hi", (-np.inf, 6)), ("", (-np.inf, np.inf))],
+)
+def test_a_clip_may_have_one_bound(limits, bounds):
+    found = placed(
+        f"{X} <float[4,4,3,3] w, float lo, float hi, float[4,4,3,3] v>"
+        f"{{ c = Conv(x, w) r = Clip(c, {limits}) y = Conv(r, v) }}",
+        lo=-2,
+        hi=6,
+    )
+    assert found.bounds == {"r": bounds}
+
+
+def test_bounds_of_a_clip_in_old_operator_sets_are_attributes():
+    proto = parse(
+        f"{X} <float[4,4,3,3] w, float[4,4,3,3] v>"
+        "{ c = Conv(x, w) r = Clip<max=6.0, min=-1.0>(c) y = Conv(r, v) }",
+        opset=9,
+    )
+    assert place(load(proto), ORT).bounds == {"r": (-1.0, 6.0)}
+
+
+def test_excluded_activations_are_not_taken_over():
+    text = (
+        f"{X} <float[4,4,3,3] w, float[4,4,3,3] v> {{ c = Conv(x, w) r = Relu(c) y = Conv(r, v) }}"
+    )
+    found = placed(text, ["Relu"])
+    assert found.float_nodes == {"r": "excluded"}
+    assert found.bounds == {}
+    assert found.tensors == ["x", "c", "r", "y"]
+    assert set(found.nodes) == {"c", "y"}
+
+
+BRANCHES = (
+    "z = If(k) <then_branch = t () => (float[N,4,6,6] a) { a = THEN },"
+    " else_branch = e () => (float[N,4,6,6] b) { b = ELSE }>"
+)
+
+
+@pytest.mark.parametrize(
+    ("then", "other"), [("Relu(c)", "Relu(c)"), ("Relu(c)", "Neg(o)"), ("Neg(c)", "Conv(c, v)")]
+)
+def test_subgraphs_are_left_alone(then, other):
+    """No node inside of a branch is placed, and none takes part in what is outside."""
+    proto = parse(
+        "g (float[N,4,8,8] x, bool k) => (float[] y, float[] z) <float[4,4,3,3] w,"
+        "float[4,4,1,1] v> { c = Conv(x, w) o = Conv(x, w) y = Conv(o, v) "
+        f"{BRANCHES.replace('THEN', then).replace('ELSE', other)} }}"
+    )
+    for node in proto.graph.node:
+        node.name = node.output[0]
+    found = place(load(proto), ORT)
+    assert set(found.nodes) == {"c", "o", "y"}
+    assert found.float_nodes == {"z": "holds a subgraph"}
+    assert found.tensors == ["x", "c", "o", "y"]
+    assert found.exits == {"c": "c", "y": "y"}
+    assert found.bounds == {}
+
+
+@pytest.mark.parametrize(
+    ("body", "evens"),
+    [
+        ("g = Mul(s, e)", True),
+        ("g = Mul(e, s)", True),
+        ("g = Add(s, e)", False),
+        ("h = Neg(e) g = Mul(s, h)", False),
+        ("g = Mul(s, e) n = Neg(e)", False),
+        ("t = Sigmoid(e) g = Mul(t, e)", False),
+    ],
+)
+def test_products_that_even_out_a_gate_stay_in_float(body, evens):
+    """With one scale for all channels they would be in vain."""
+    text = (
+        f"{X} <float[4,4,1,1] w, float[4,1,1] k, float[4,4,1,1] v>"
+        f"{{ c = Conv(x, w) s = Sigmoid(c) e = Mul(c, k) {body} y = Conv(g, v) }}"
+    )
+    proto = parse(text, k=np.reshape([1, 2, 4, 8], (4, 1, 1)))
+    node = next(n for n in load(proto).graph.nodes if n.outputs[0].name == "e")
+    assert evens_gate(node) is evens
+    found = placed(text, k=np.reshape([1, 2, 4, 8], (4, 1, 1)))
+    assert ("even out" in found.float_nodes.get("e", "")) is evens
+    if evens:
+        assert set(found.nodes) == {"c", "y"}
+        assert found.exits == {"c": "c", "y": "y"}
+
+
+# ------------------------------------------------------------------ nodes that encodings allow
+
+
+def test_encodings_of_a_placement_allow_just_its_nodes():
+    text = (
+        f"{X} <float[4,4,1,1] w, float[4,4,1,1] v, float[4,1,1] k, float[4,8,1,1] u>"
+        "{ c = Conv(x, w) r = Relu(c) a = Mul(r, k) e = Exp(a) d = Conv(e, v)"
+        " s = Concat<axis=1>(a, d) y = Conv(s, u) }"
+    )
+    proto = parse(text, k=np.ones((4, 1, 1)))
+    model = load(proto)
+    wanted = place(model.clone(), ORT).nodes
+    Calibrate().apply(model, Context([models.feeds(proto)]))
+    assert integer_nodes(model, ORT) == wanted
+    names = {n.outputs[0].name: n.name for n in model.graph.nodes}
+    for tensor, lost in (
+        ("w", {"c"}),
+        ("k", {"a"}),
+        ("r", {"c", "a"}),
+        ("a", {"a", "s"}),
+        ("s", {"s", "y"}),
+    ):
+        other = model.clone()
+        del other.encodings[tensor]
+        assert set(integer_nodes(other, ORT)) == set(wanted) - {names[n] for n in lost}

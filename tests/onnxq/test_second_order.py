@@ -1,24 +1,32 @@
 """Moments of patches against unfolding with numpy."""
 
+import itertools
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from onnxq.model import load
-from onnxq.runtime import Session
-from onnxq.second_order import collect, rows_of, supports, weight_of
+from onnxq.second_order import (
+    collect,
+    collect_means,
+    input_session,
+    rows_of,
+    supports,
+    weight_of,
+)
 from tests import models
 from tests.checks import run
-from tests.models import parse
+from tests.models import ChainBuilder, parse
 from tests.passes.test_gptq import LAYERS
 
 
 def collected(proto, data, patches=10**6, seed=0, expected=None):
     model = load(proto)
-    inner = [n for n in {layer.x.name for layer in model.layers()} if n not in model.inputs]
-    session = Session(model.to_proto(inner), outputs=inner or None, threads=1)
     found = collect(
         model.layers(),
-        session,
+        input_session(model, model.layers(), threads=1),
         data,
         expected=len(data) if expected is None else expected,
         rng=np.random.default_rng(seed),
@@ -105,3 +113,258 @@ def test_what_is_supported():
     for wanted, group in texts.items():
         for text in group:
             assert supports(load(parse(text)).layers()[0]) is wanted, text
+
+
+# ------------------------------------------------------------------ against unfolding by loops
+
+
+def unfolded(x, size, strides, dilations, begin, positions):
+    """Every patch that a convolution reads, one loop an axis: [N * positions, C * size]."""
+    patches = []
+    for sample in x:
+        for at in itertools.product(*map(range, positions)):
+            patch = np.zeros((len(sample), *size))
+            for k in itertools.product(*map(range, size)):
+                place = [
+                    a * s + i * d - b
+                    for a, s, i, d, b in zip(at, strides, k, dilations, begin, strict=True)
+                ]
+                if all(0 <= p < n for p, n in zip(place, sample.shape[1:], strict=True)):
+                    patch[(slice(None), *k)] = sample[(slice(None), *place)]
+            patches.append(patch.reshape(-1))
+    return np.array(patches)
+
+
+def assert_moments(found, patches, groups):
+    """The moments are those of these patches [P, G * K]."""
+    grouped = patches.astype(np.float64).reshape(len(patches), groups, -1)
+    mean = grouped.mean(axis=0)
+    moment = np.einsum("pgk,pgl->gkl", grouped, grouped) / len(patches)
+    centred = grouped - mean
+    covariance = np.einsum("pgk,pgl->gkl", centred, centred) / len(patches)
+    assert found.sampled == len(patches)
+    np.testing.assert_allclose(found.mean, mean, atol=1e-5)
+    np.testing.assert_allclose(found.sampled_mean, mean, atol=1e-5)
+    np.testing.assert_allclose(found.moment, moment, atol=1e-5 * (1 + np.abs(moment).max()))
+    np.testing.assert_allclose(found.covariance, covariance, atol=2e-5 * (1 + moment.max()))
+
+
+@st.composite
+def convolutions(draw):
+    """A Conv on one to three axes, and how its window lies: a model, and the loops' arguments."""
+    rank = draw(st.integers(1, 3))
+    group, inputs, outputs = (draw(st.integers(1, n)) for n in (3, 2, 2))
+    size = [draw(st.integers(1, 3 if rank < 3 else 2)) for _ in range(rank)]
+    strides = [draw(st.integers(1, 3)) for _ in range(rank)]
+    padding = draw(st.sampled_from(["explicit", "explicit", "SAME_UPPER", "SAME_LOWER", "VALID"]))
+    # onnxruntime has no auto_pad with dilations
+    dilations = [draw(st.integers(1, 2)) if padding == "explicit" else 1 for _ in range(rank)]
+    extent = [d * (k - 1) + 1 for k, d in zip(size, dilations, strict=True)]
+    spatial = tuple(draw(st.integers(e, e + 4)) for e in extent)
+    begin, end = [0] * rank, [0] * rank
+    attrs = {"kernel_shape": size, "strides": strides, "dilations": dilations, "group": group}
+    if padding == "explicit":
+        begin = [draw(st.integers(0, 3)) for _ in range(rank)]
+        end = [draw(st.integers(0, 3)) for _ in range(rank)]
+        attrs["pads"] = begin + end
+    else:
+        attrs["auto_pad"] = padding
+    if padding.startswith("SAME"):  # the specification: ceil(n / s) positions, the rest padded
+        for i, (n, s, k) in enumerate(zip(spatial, strides, size, strict=True)):
+            total = max((-(-n // s) - 1) * s + k - n, 0)
+            begin[i] = total // 2 if padding == "SAME_UPPER" else total - total // 2
+            end[i] = total - begin[i]
+    positions = [
+        (n + b + e - x) // s + 1
+        for n, b, e, x, s in zip(spatial, begin, end, extent, strides, strict=True)
+    ]
+    chain = ChainBuilder(spatial, group * inputs, draw(st.integers(0, 99)))
+    weight = chain.rng.normal(size=(group * outputs, inputs, *size))
+    chain.name = chain.node("Conv", "x", chain.constant(weight), **attrs)
+    chain.channels, chain.spatial = group * outputs, tuple(positions)
+    return chain.build(), group, (size, strides, dilations, begin, positions)
+
+
+@given(convolutions())
+def test_moments_of_convolutions_are_those_of_unfolded_inputs(drawn):
+    proto, group, window = drawn
+    data = samples(proto, 2)
+    patches = np.concatenate([unfolded(feed["x"], *window) for feed in data])
+    model, found = collected(proto, data)
+    layer = model.layers()[0]
+    assert_moments(found[layer.name], patches, group)
+    # and the loops are right: multiplied by the weight they give what onnxruntime gives
+    grouped = patches.reshape(len(patches), group, -1)
+    wanted = np.einsum("gok,pgk->pgo", rows_of(layer), grouped).reshape(len(patches), -1)
+    name = proto.graph.output[0].name
+    got = [np.moveaxis(run(proto, feed)[name], 1, -1) for feed in data]
+    got = np.concatenate([y.reshape(-1, y.shape[-1]) for y in got])
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        ("g (float[N,6] x) => (float[] y) <float[6,5] w> { y = Gemm(x, w) }", (3, 6)),
+        ("g (float[N,6] x) => (float[] y) <float[5,6] w> { y = Gemm<transB=1>(x, w) }", (3, 6)),
+        ("g (float[N,6] x) => (float[] y) <float[6,5] w> { y = MatMul(x, w) }", (3, 6)),
+        ("g (float[N,4,6] x) => (float[] y) <float[6,5] w> { y = MatMul(x, w) }", (3, 4, 6)),
+        ("g (float[N,2,4,6] x) => (float[] y) <float[6,5] w> { y = MatMul(x, w) }", (3, 2, 4, 6)),
+    ],
+)
+def test_moments_of_matrix_products_are_those_of_rows(text, shape):
+    proto = parse(text)
+    data = [{"x": 1 + models.feeds(proto, seed=s, batch=shape[0])["x"]} for s in range(3)]
+    rows = np.concatenate([feed["x"].reshape(-1, 6) for feed in data])
+    model, found = collected(proto, data)
+    layer = model.layers()[0]
+    assert_moments(found[layer.name], rows, 1)
+    y = np.concatenate([run(proto, feed)["y"].reshape(-1, 5) for feed in data])
+    np.testing.assert_allclose(rows @ rows_of(layer)[0].T, y, atol=1e-4)
+
+
+def test_samples_of_different_sizes_weigh_as_their_positions():
+    proto = parse("g (float[N,2,L] x) => (float[] y) <float[3,2,3] w> { y = Conv(x, w) }")
+    data = [models.feeds(proto, seed=s, batch=1 + s, size=4 + 3 * s) for s in range(3)]
+    window = ([3], [1], [1], [0])
+    patches = [unfolded(f["x"], *window, [f["x"].shape[2] - 2]) for f in data]
+    assert len({len(p) for p in patches}) == 3
+    assert_moments(collected(proto, data)[1]["Conv_0"], np.concatenate(patches), 1)
+
+
+def test_inputs_inside_of_the_model():
+    text = (
+        "g (float[N,3,6,6] x) => (float[] y) <float[4,3,3,3] w, float[2,4,2,2] v>"
+        "{ c = Conv(x, w) r = Relu(c) y = Conv(r, v) }"
+    )
+    proto = parse(text)
+    data = samples(proto)
+    _, found = collected(proto, data)
+    inner = [run(load(proto).to_proto(["r"]), feed)["r"] for feed in data]
+    window = ([2, 2], [1, 1], [1, 1], [0, 0], [3, 3])
+    patches = np.concatenate([unfolded(r, *window) for r in inner])
+    assert_moments(found["Conv_2"], patches, 1)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_means_alone_are_the_same_means(name):
+    proto = parse(LAYERS[name])
+    data = samples(proto)
+    model, found = collected(proto, data, patches=1)
+    session = input_session(model, model.layers(), threads=1)
+    steps = []
+    means = collect_means(model.layers(), session, data, progress=steps.append)
+    (layer,) = model.layers()
+    np.testing.assert_array_equal(means[layer.name], found[layer.name].mean)
+    assert steps == [1] * len(data)
+
+
+# ------------------------------------------------------------------ which layers share
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "share"),
+    [
+        ("Gemm(x, w)", "MatMul(x, v)", True),
+        ("Gemm<transB=1>(x, w)", "Gemm(x, v)", True),
+        ("MatMul(x, w)", "MatMul(z, v)", False),
+    ],
+)
+def test_matrix_products_of_one_input_share(first, second, share):
+    text = (
+        "g (float[N,6] x, float[N,6] z) => (float[] a, float[] b) <float[6,6] w, float[6,6] v>"
+        f"{{ a = {first} b = {second} }}"
+    )
+    proto = parse(text)
+    one, two = collected(proto, samples(proto))[1].values()
+    assert (one is two) is share
+    assert np.array_equal(one.moment, two.moment) is share
+
+
+@pytest.mark.parametrize(
+    ("attrs", "share"),
+    [
+        ("", True),
+        ("kernel_shape=[3,3], group=1", True),
+        ("pads=[1,1,1,1]", False),
+        ("strides=[2,2]", False),
+        ("dilations=[2,2]", False),
+        ('auto_pad="SAME_UPPER"', False),
+    ],
+)
+def test_convolutions_share_only_the_same_window(attrs, share):
+    text = (
+        "g (float[N,4,8,8] x) => (float[] a, float[] b) <float[2,4,3,3] w, float[5,4,3,3] v>"
+        f"{{ a = Conv(x, w) b = Conv<{attrs}>(x, v) }}"
+    )
+    proto = parse(text)
+    one, two = collected(proto, samples(proto))[1].values()
+    assert (one is two) is share
+
+
+def test_groups_do_not_share_with_the_whole():
+    text = (
+        "g (float[N,4,8,8] x) => (float[] a, float[] b) <float[2,4,3,3] w, float[4,2,3,3] v>"
+        "{ a = Conv(x, w) b = Conv<group=2>(x, v) }"
+    )
+    proto = parse(text)
+    one, two = collected(proto, samples(proto))[1].values()
+    assert (one.moment.shape, two.moment.shape) == ((1, 36, 36), (2, 18, 18))
+    np.testing.assert_allclose(two.moment[1], one.moment[0, 18:, 18:], rtol=1e-5)
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def test_every_position_is_drawn_as_often_as_any_other():
+    """x shows at position p the p-th unit vector, so the mean patch counts the draws."""
+    text = "g (float[N,6,2,3] x) => (float[] y) <float[1,6,1,1] w> { y = Conv(x, w) }"
+    x = np.broadcast_to(np.eye(6, dtype=np.float32).reshape(6, 2, 3), (100, 6, 2, 3))
+    found = collected(parse(text), [{"x": np.array(x)}] * 100, patches=6000)[1]["Conv_0"]
+    assert found.sampled == 6000
+    np.testing.assert_array_equal(found.mean, np.full((1, 6), 1 / 6))
+    spread = np.sqrt(1 / 6 * 5 / 6 / found.sampled)
+    assert np.abs(found.sampled_mean - 1 / 6).max() < 4 * spread
+    np.testing.assert_allclose(found.moment[0], np.diag(found.sampled_mean[0]), atol=1e-12)
+
+
+def test_the_mean_of_many_draws_is_the_whole():
+    proto = parse(LAYERS["conv"])
+    data = samples(proto, 20)
+    whole = collected(proto, data)[1]["Conv_0"]
+    drawn = [collected(proto, data, patches=1, seed=s)[1]["Conv_0"] for s in range(40)]
+    assert {d.sampled for d in drawn} == {160}  # four per weight of an output, 8 of each sample
+    for name in ("sampled_mean", "moment"):
+        parts = np.array([getattr(d, name) for d in drawn])
+        error = np.abs(parts.mean(axis=0) - getattr(whole, name))
+        assert (error / (parts.std(axis=0, ddof=1) / np.sqrt(40) + 1e-9)).max() < 5, name
+
+
+def test_draws_depend_on_the_seed_alone():
+    proto = parse(LAYERS["conv"])
+    data = samples(proto)
+    one, same, other = (
+        collected(proto, data, patches=1, seed=seed)[1]["Conv_0"] for seed in (0, 0, 1)
+    )
+    for name in ("mean", "moment", "sampled_mean"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(same, name))
+    assert not np.array_equal(one.moment, other.moment)
+    np.testing.assert_array_equal(one.mean, other.mean)
+
+
+def test_patches_are_spread_over_the_samples():
+    proto = parse(LAYERS["matmul"])
+    data = samples(proto, 10)
+    rows = 10  # of each sample
+    for patches, per_sample in ((0, 4), (50, 5), (51, 6), (1000, rows)):
+        found = collected(proto, data, patches=patches)[1]["MatMul_0"]
+        assert found.sampled == 10 * per_sample
+
+
+def test_an_empty_batch_adds_nothing():
+    proto = parse(LAYERS["gemm"])
+    data = samples(proto)
+    empty = {"x": np.zeros((0, 8), np.float32)}
+    with_it, without = collected(proto, [empty, *data])[1], collected(proto, data)[1]
+    np.testing.assert_array_equal(with_it["Gemm_0"].moment, without["Gemm_0"].moment)
+    assert collected(proto, [empty])[1] == {}

@@ -104,3 +104,16 @@ def test_other_minima_stay_in_float(name):
         node.name = node.output[0]
     placement = place(load(proto), TARGETS["ort-cpu"])
     assert "integer Min" in placement.float_nodes["k"]
+
+
+@pytest.mark.parametrize("glob", ["Min", "Relu"])
+def test_excluded_bounds_stay_in_float(glob):
+    proto, data = relu6(), samples()
+    model = load(proto)
+    Calibrate(exclude=(glob,)).apply(model, Context(data))
+    InsertQDQ().apply(model, Context())
+    assert "Add" not in ops(model)
+    assert {"Min", "Relu"} <= set(ops(model))
+    wanted = run(proto, data[0])["y"]
+    for level in LEVELS:
+        assert np.abs(run(model, data[0], level)["y"] - wanted).max() < 0.1 * np.abs(wanted).max()

@@ -30,7 +30,7 @@ def imbalanced(text=PLAIN, weight="v", shape=(4, 8, 3, 3), axis=1, **more):
 
 
 def samples(proto):
-    return [models.feeds(proto, seed=seed) for seed in range(8)]
+    return [models.feeds(proto, seed=seed, batch=8) for seed in range(8)]
 
 
 def equalized(proto):
@@ -74,9 +74,10 @@ def test_the_float_function_stays(kind):
     assert changes
     assert ops(model).count("Mul") == 2
     feed = models.feeds(proto, seed=50)
-    wanted = run(proto, feed)["y"]
+    np.testing.assert_array_equal(run(model, feed)["y"], run(proto, feed)["y"])
+    wanted = run(proto, feed, "all")["y"]
     np.testing.assert_allclose(
-        run(model, feed)["y"], wanted, atol=1e-6 * np.abs(wanted).max(), rtol=0
+        run(model, feed, "all")["y"], wanted, atol=1e-6 * np.abs(wanted).max(), rtol=0
     )
 
 
@@ -165,3 +166,62 @@ def test_a_second_run_changes_nothing_more():
     model, _ = equalized(proto)
     _, again = equalized(proto_of(model))
     assert not again
+
+
+def scales_of(model):
+    (name,) = (n for n in model.tensors() if n.endswith("_scale"))
+    return model.array(model.tensors()[name]).reshape(-1)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_scales_even_out_what_the_samples_showed(group):
+    shape = (8, 1, 3, 3) if group == 8 else (4, 8, 3, 3)
+    text = (
+        f"{HEAD}, float{str([*shape]).replace(' ', '')} v>"
+        f"{{ {GATE} y = Conv<group={group}>(m, v) }}"
+    )
+    proto = imbalanced(text, shape=shape, axis=int(group == 1))
+    model, _ = equalized(proto)
+    exposed = load(proto).to_proto(["m"])
+    values = np.stack([run(exposed, feed)["m"] for feed in samples(proto)])
+    low, high = (f(values, axis=(0, 1, 3, 4)) for f in (np.min, np.max))
+    bound = np.maximum(high, -4 * low)
+    ratio = np.minimum(bound.max() / bound, 1024)
+    power = 1 if group == 8 else 0.5  # wholly where each channel has weights of its own
+    np.testing.assert_array_equal(scales_of(model), 2 ** np.rint(power * np.log2(ratio)))
+    after = model.layers()[-1].weight
+    along = scales_of(model).reshape((8, 1, 1, 1) if group == 8 else (1, 8, 1, 1))
+    np.testing.assert_array_equal(after * along, load(proto).layers()[-1].weight)
+
+
+def test_no_scale_passes_the_largest():
+    proto = imbalanced()
+    model = load(proto)
+    GateEqualization(largest=16.0).apply(model, Context(samples(proto)))
+    assert scales_of(model).max() == 4  # the root of 16
+
+
+@pytest.mark.parametrize(("size", "largest"), [(1.2e-2, 8), (4e-3, 16), (1e-3, 32)])
+def test_the_gate_runs_in_float_however_small_the_scales(size, largest):
+    """The product by the scales, quantized with one scale for all, would undo their effect."""
+    rng = np.random.default_rng(0)
+    sizes = np.repeat([size, 1], 4)
+    text = (
+        "g (float[N,8,18,18] x) => (float[] y) <float[8,8,3,3] w, float[6,8,1,1] v>"
+        "{ c = Conv(x, w) s = Sigmoid(c) m = Mul(c, s) y = Conv(m, v) }"
+    )
+    proto = parse(
+        text,
+        w=3 * rng.normal(size=(8, 8, 3, 3)) * sizes[:, None, None, None],
+        v=rng.normal(size=(6, 8, 1, 1)) / sizes[:, None, None],
+    )
+    data = samples(proto)
+    found = []
+    for steps in ((), (GateEqualization(),)):
+        model, _ = PassManager(*steps, Calibrate(), InsertQDQ())(proto, data)
+        found.append(sqnr(run(proto, data[0])["y"], run(model, data[0], "all")["y"]))
+    gate = next(n for n in model.graph.nodes if n.op == "Mul" and "_equalize" in n.name)
+    assert model.array(gate.inputs[1]).max() == largest
+    assert "even out" in model.encodings.float_nodes[gate.name]
+    assert ops(model).count("QuantizeLinear") == 4  # of x, c, m and y, none between
+    assert found[1] > found[0] + 8

@@ -3,13 +3,16 @@
 import numpy as np
 import onnx
 import pytest
+from hypothesis import given, settings
 from onnx import numpy_helper
 
 from onnxq.encoding import Encoding
 from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
-from onnxq.passes import Calibrate, Clean, InsertQDQ
+from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
+from onnxq.placement import place
 from onnxq.runtime import Session
+from onnxq.targets import TARGETS
 from tests import models
 from tests.checks import ops, reasons, run
 from tests.models import parse
@@ -464,3 +467,268 @@ def test_constants_of_zeros():
     wanted = run(proto, feed)["y"]
     for level in ("disabled", "all"):
         assert sqnr(wanted, run(after, feed, level)["y"]) >= 30
+
+
+# ------------------------------------------------------------------ weights, wherever they stand
+
+
+# name -> text, the product of x and the weight as it stands when calibrated
+SIDES = {
+    "gemm": (
+        "g (float[N,6] x) => (float[] y) <float[6,5] w, float[5] b> { y = Gemm(x, w, b) }",
+        lambda x, w: x @ w,
+    ),
+    "gemm, weight transposed": (
+        "g (float[N,6] x) => (float[] y) <float[5,6] w, float[5] b>{ y = Gemm<transB=1>(x, w, b) }",
+        lambda x, w: x @ w.T,
+    ),
+    "gemm, both transposed": (
+        "g (float[6,N] x) => (float[] y) <float[5,6] w, float[5] b>"
+        "{ y = Gemm<transA=1, transB=1>(x, w, b) }",
+        lambda x, w: x.T @ w.T,
+    ),
+    "gemm with factors": (
+        "g (float[N,6] x) => (float[] y) <float[6,5] w, float[1,5] b>"
+        "{ y = Gemm<alpha=0.5, beta=2.0>(x, w, b) }",
+        lambda x, w: x @ w,
+    ),
+    "matmul": (
+        "g (float[N,6] x) => (float[] y) <float[6,5] w> { y = MatMul(x, w) }",
+        lambda x, w: x @ w,
+    ),
+    "matmul of stacks": (
+        "g (float[N,3,6] x) => (float[] y) <float[6,5] w> { y = MatMul(x, w) }",
+        lambda x, w: x @ w,
+    ),
+    "matmul by a stack": (
+        "g (float[2,3,6] x) => (float[] y) <float[2,6,5] w> { y = MatMul(x, w) }",
+        lambda x, w: x @ w,
+    ),
+    "matmul by a vector": (
+        "g (float[N,3,6] x) => (float[] y) <float[6] w> { y = MatMul(x, w) }",
+        lambda x, w: x @ w,
+    ),
+    "matmul, weight on the left": (
+        "g (float[N,6,3] x) => (float[] y) <float[5,6] w> { y = MatMul(w, x) }",
+        lambda x, w: w @ x,
+    ),
+    "matmul, vector on the left": (
+        "g (float[6,3] x) => (float[] y) <float[6] w> { y = MatMul(w, x) }",
+        lambda x, w: w @ x,
+    ),
+    "a weight reshaped": (
+        "g (float[N,6] x) => (float[] y) <float[30] w, int64[2] s>"
+        "{ r = Reshape(w, s) y = MatMul(x, r) }",
+        lambda x, w: x @ w,
+    ),
+    "a weight transposed": (
+        "g (float[N,6] x) => (float[] y) <float[5,6] w, float[5] b>"
+        "{ t = Transpose(w) y = Gemm(x, t, b) }",
+        lambda x, w: x @ w,
+    ),
+    "a weight computed from constants": (
+        "g (float[N,6] x) => (float[] y) <float[5,6] w, float k, float[5] b>"
+        "{ m = Mul(w, k) t = Transpose<perm=[1,0]>(m) i = Identity(t) y = Gemm(x, i, b) }",
+        lambda x, w: x @ w,
+    ),
+}
+
+
+@pytest.mark.parametrize("weights", ["int8/channel", "int8/tensor", "uint8"])
+@pytest.mark.parametrize("name", SIDES)
+def test_onnxruntime_multiplies_what_the_encodings_say(name, weights, tmp_path):
+    text, product = SIDES[name]
+    proto = parse(text, **({"s": [6, 5]} if "int64[2] s" in text else {}))
+    data = samples(proto)
+    model, _ = PassManager(Clean(), Calibrate(weights=weights))(proto, data)
+    (layer,) = model.layers()
+    assert len(model.graph.nodes) == 1
+    of_x, of_w = model.encodings["x"], model.encodings[layer.weight_tensor.name]
+    wanted = product(
+        of_x.fake_quantize(data[0]["x"]).astype(np.float64),
+        of_w.fake_quantize(layer.weight).astype(np.float64),
+    )
+    if layer.bias is not None:
+        step = of_x.scale.astype(np.float64) * of_w.scale
+        wanted += np.rint(layer.bias / step) * step
+    InsertQDQ().apply(model, Context())
+    for level in ("disabled", "all"):
+        got = run(model, data[0], level)["y"]
+        np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=0)
+    assert {"QGemm", LAST_MATMUL} & set(fused_ops(model.to_proto(), tmp_path))
+    exact = run(proto, data[0])["y"]
+    assert np.abs(exact - wanted).max() < 0.03 * np.abs(exact).max()
+
+
+def test_a_shared_weight_is_written_once():
+    text = (
+        "g (float[N,4,8,8] x) => (float[] y, float[] z) <float[4,4,1,1] w, float[4] b>"
+        "{ a = Conv(x, w) r = Relu(a) c = Conv(r, w, b) q = Relu(c) y = Conv(q, w)"
+        " z = ConvTranspose(x, w) }"
+    )
+    proto = parse(text)
+    after, _ = quantized(proto, weights="int8/tensor")
+    names = [n for n, a in tensors(after).items() if a.dtype == np.int8 and a.ndim == 4]
+    assert len(names) == 2  # of the two inner layers, and of the one that is left with scales
+    assert "w" in tensors(after)  # what stays in float reads floats
+    assert_good(proto, after)
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_transposed_convolutions_stay_in_float_and_it_is_said(group, tmp_path):
+    text = (
+        f"{X} <float[4,4,1,1] w, float[4,2,2,2] t, float[{2 * group},{2 * group},1,1] v>"
+        f"{{ c = Conv(x, w) r = Relu(c) d = ConvTranspose<group={group}, strides=[2,2]>(r, t)"
+        f" y = Conv(d, v) }}"
+    )
+    proto = parse(text)
+    proto.graph.node[2].name = "up"
+    after, report = quantized(proto)
+    assert ("up", "ort-cpu has no integer ConvTranspose") in [
+        (skip.layer, skip.why) for _, skip in report.skipped
+    ]
+    np.testing.assert_array_equal(tensors(after)[node_of(after, "d").input[1]], tensors(proto)["t"])
+    assert_good(proto, after)
+    assert fused_ops(after, tmp_path) == [Q, CONV, DQ, "ConvTranspose", Q, CONV, DQ]
+
+
+# ------------------------------------------------------------------ activations in between
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [("lo", "hi"), ("lo", "z"), ("z", "hi")], ids=["shifted", "upper", "lower"]
+)
+@pytest.mark.parametrize("after_it", ["y = Erf(r)", "y = Conv(r, v)", "y = Identity(r)"])
+def test_a_clip_that_is_not_taken_over_gets_exact_floats(low, high, after_it):
+    """Its input leaves the integers with a scale per channel."""
+    text = (
+        "g (float[N,4,8,8] x, float[1] u) => (float[] y) <float[4,4,3,3] w, int64[0] s, float lo,"
+        "float hi, float[4,4,1,1] v>"
+        f"{{ z = Reshape(u, s) c = Conv(x, w) r = Clip(c, {low}, {high}) {after_it} }}"
+    )
+    proto = parse(text, lo=0.5, hi=6.0, s=[])
+    data = [{**f, "u": np.float32([3.0])} for f in samples(proto)]
+    if low == "z":
+        data = [{**f, "u": np.float32([-3.0])} for f in data]
+    after, _ = quantized(proto, data)
+    wanted = run(proto, data[0])["y"]
+    for level in ("disabled", "all"):
+        assert sqnr(wanted, run(after, data[0], level)["y"]) >= 28
+
+
+def test_an_excluded_relu_runs_in_float(tmp_path):
+    text, constants, _ = PATTERNS["conv-relu"]
+    proto = parse(text, **constants)
+    after, _ = quantized(proto, exclude=("Relu",))
+    assert_good(proto, after)
+    relu = next(n for n in after.graph.node if n.op_type == "Relu")
+    assert node_of(after, relu.input[0]).op_type == DQ
+
+
+def test_a_branch_reads_what_its_activation_would_have_taken():
+    """The only reader of a convolution is a Relu inside of a subgraph."""
+    text = (
+        "g (float[N,4,8,8] x, bool k) => (float[] y, float[] z)"
+        "<float[4,4,1,1] w, float[4,4,1,1] v> { c = Conv(x, w) y = Conv(x, v)"
+        " z = If(k) <then_branch = t () => (float[N,4,8,8] a) { a = Relu(c) },"
+        " else_branch = e () => (float[N,4,8,8] b) { b = Neg(x) }> }"
+    )
+    proto = parse(text)
+    data = [{**f, "k": np.array(i % 2 == 0)} for i, f in enumerate(samples(proto))]
+    after, _ = quantized(proto, data)
+    onnx.checker.check_model(after, full_check=True)
+    for feed in data[:2]:
+        wanted = run(proto, feed)
+        for level in ("disabled", "all"):
+            got = run(after, feed, level)
+            assert min(sqnr(wanted[n], got[n]) for n in wanted) >= 25
+
+
+def test_a_concat_with_a_large_constant_keeps_it():
+    text = (
+        f"{X} <float[4,4,1,1] w, float[1,4,1,1] k, int64[4] r, float[4,8,1,1] v>"
+        "{ c = Conv(x, w) e = Expand(k, r) s = Concat<axis=1>(c, e) y = Conv(s, v) }"
+    )
+    proto = parse(
+        text.replace("[N,", "[2,"), k=50 * np.arange(4).reshape(1, 4, 1, 1), r=[2, 4, 8, 8]
+    )
+    after, _ = quantized(proto)
+    feed = samples(proto)[0]
+    wanted = run(proto, feed)["y"]
+    for level in ("disabled", "all"):
+        assert sqnr(wanted, run(after, feed, level)["y"]) >= 30
+
+
+@pytest.mark.parametrize("shape", ["[2,5]", "[2,1]"])
+def test_a_bias_that_differs_from_row_to_row_leaves_its_gemm_in_float(shape):
+    text = f"g (float[2,6] x) => (float[] y) <float[6,5] w, float{shape} b> {{ y = Gemm(x, w, b) }}"
+    proto = parse(text)
+    after, report = quantized(proto)
+    assert ops(after) == ["Gemm"]
+    assert any("one value per output channel" in skip.why for _, skip in report.skipped)
+    feed = samples(proto)[0]
+    np.testing.assert_array_equal(run(after, feed)["y"], run(proto, feed)["y"])
+
+
+# ------------------------------------------------------------------ any network
+
+
+def data_of(node):
+    """The inputs of a node that carry values, as ONNX counts them."""
+    layers = ("Conv", "Gemm", "MatMul")
+    several = (*layers, "Add", "Mul", "Concat")
+    inputs = list(node.input) if node.op_type in several else list(node.input[:1])
+    return inputs[:2] if node.op_type in layers else inputs
+
+
+def assert_placed(graph, kernels):
+    """Placed nodes stand between DequantizeLinear and QuantizeLinear, and nobody else does."""
+    made = {name: node for node in graph.node for name in node.output}
+    readers = {name: [n for n in graph.node if name in n.input] for name in made}
+    nodes = {node.name: node for node in graph.node}
+    for name, kernel in kernels.items():
+        node = nodes[name]
+        for source in data_of(node):
+            assert made[source].op_type in ({Q, "Pad"} if node.op_type == "Pad" else {DQ}), name
+        for result in node.output:
+            after = readers[result]
+            if len(after) == 1 and after[0].op_type in ("Relu", "Clip"):
+                after = readers[after[0].output[0]]
+            wanted = {DQ, "Pad"} if node.op_type == "Pad" else {Q}
+            assert kernel.float_output or {n.op_type for n in after} <= wanted, name
+    for node in graph.node:
+        if node.op_type != Q:
+            continue
+        source = made.get(node.input[0])
+        if source is not None and source.op_type in ("Relu", "Clip"):
+            source = made.get(source.input[0], source)
+        if source is None or source.name not in kernels:  # floats before it: integers after it
+            for leaving in readers[node.output[0]]:
+                assert leaving.name in kernels or all(
+                    reader.name in kernels for reader in readers[leaving.output[0]]
+                )
+
+
+@settings(max_examples=60)
+@given(models.networks())
+def test_networks_run_in_integers_where_they_are_placed(tmp_path_factory, proto):
+    data = samples(proto, 4)
+    ready, _ = PassManager(Clean(), FoldBatchNorm())(proto, data)
+    kernels = place(ready.clone(), TARGETS["ort-cpu"]).nodes
+    model, _ = PassManager(Calibrate(), InsertQDQ())(ready, data)
+    after = model.to_proto()
+    onnx.checker.check_model(after, full_check=True)
+    assert_placed(after.graph, kernels)
+    found = fused_ops(after, tmp_path_factory.mktemp("fused"))
+    layers = [n.op_type for n in after.graph.node if n.name in kernels]
+    assert found.count("QLinearConv") == layers.count("Conv")
+    assert found.count("QGemm") == layers.count("Gemm")
+    assert found.count(MATMUL) + found.count(LAST_MATMUL) == layers.count("MatMul")
+    wanted, plain, fused = (
+        run(m, data[0], level)
+        for m, level in ((proto, "disabled"), (after, "disabled"), (after, "all"))
+    )
+    for name, array in wanted.items():
+        step = max(np.ptp(array), np.abs(array).max(), 1e-3) / 255
+        assert np.abs(plain[name] - fused[name]).max() <= 2 * step
+        assert np.abs(plain[name] - array).mean() <= 20 * step

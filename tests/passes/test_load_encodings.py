@@ -46,6 +46,33 @@ def test_the_quantized_model_is_the_same(saved):
     np.testing.assert_array_equal(run(other, feed)["y"], run(model, feed)["y"])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{ y = Gemm(x, w) z = Gemm<transB=1>(x, w) }",
+        "{ y = MatMul(x, w) m = Mul(x, w) t = MaxPool<kernel_shape=[1]>(m) z = MatMul(t, v) }",
+        "{ m = Mul(x, w) t = MaxPool<kernel_shape=[1]>(m) z = MatMul(t, w) y = Neg(x) }",
+    ],
+)
+def test_copies_of_shared_constants_are_made_again(text, tmp_path):
+    shape = "N,6" if "Gemm" in text else "2,6,6"
+    head = f"g (float[{shape}] x) => (float[] y, float[] z) <float[6,6] w, float[6,6] v>"
+    proto = parse(f"{head} {text}", w=np.random.default_rng(0).uniform(1, 2, (6, 6)))
+    model = load(proto)
+    Calibrate().apply(model, Context([models.feeds(proto, seed=s) for s in range(4)]))
+    assert any("." in name for name in model.encodings)
+    encodings_json.save(model.encodings, tmp_path / "e.json")
+    other = load(proto)
+    LoadEncodings(path=str(tmp_path / "e.json")).apply(other, Context())
+    other.check()
+    feed = models.feeds(proto, seed=9)
+    for each in (model, other):
+        InsertQDQ().apply(each, Context())
+    wanted, got = run(model, feed), run(other, feed)
+    for name in ("y", "z"):
+        np.testing.assert_array_equal(got[name], wanted[name])
+
+
 def test_older_operator_sets_are_raised(saved):
     _, _, path = saved
     model = load(parse(TEXT, opset=11))
