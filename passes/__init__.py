@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
     from onnxq.passes.gate_equalization import GateEqualization
     from onnxq.passes.gptq import GPTQ
+    from onnxq.passes.high_bias_absorption import HighBiasAbsorption
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
 
@@ -28,6 +29,7 @@ __all__ = [
     "CrossLayerEqualization",
     "FoldBatchNorm",
     "GateEqualization",
+    "HighBiasAbsorption",
     "InsertQDQ",
     "LoadEncodings",
 ]
@@ -37,6 +39,7 @@ PASSES = {
     "clean": "onnxq.passes.clean:Clean",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
+    "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
