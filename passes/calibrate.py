@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.analysis.distribution import Distribution, propagate, statistics_of
 from onnxq.encoding import Encoding, Format
-from onnxq.errors import ModelError
+from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
@@ -32,6 +33,10 @@ MANY_VALUES = 10_000
 ZERO_WEIGHT = 1e-3
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
+# How many standard deviations a channel spans where batch normalization tells its range.
+SIGMAS = 6.0
+# So many tensors are named where nothing is known of them.
+NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +58,11 @@ class Calibrate:
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
 
+    Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
+    normalization lets expect: behind it a channel is N(beta, gamma^2), and
+    `onnxq.analysis.distribution` follows it through the graph.  What is not known so, as the
+    model's inputs never are, still needs samples.
+
     Refused, and left in float: what the target has no integer kernel for, weights and biases that
     are computed, what `exclude` names.
 
@@ -63,8 +73,11 @@ class Calibrate:
             (least expected squared error, as AIMET's tf-enhanced).
         percentile: Share of values inside the range, in percent, for method percentile.
         exclude: Globs on node names and operator types that stay in float.
+        ranges: Where ranges come from, given samples: "samples", or "batch-norm" wherever that
+            tells them.
 
-    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy).
+    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy); Nagel et al. 2019
+    (arXiv 1906.04721), section 5 (ranges from batch normalization).
     """
 
     name: ClassVar[str] = "calibrate"
@@ -74,6 +87,7 @@ class Calibrate:
     method: Method = "mse"
     percentile: float = 99.999
     exclude: tuple[str, ...] = ()
+    ranges: Literal["samples", "batch-norm"] = "samples"
 
     def __post_init__(self) -> None:
         Format.parse(self.weights)
@@ -90,16 +104,25 @@ class Calibrate:
             if layer.name in placement.float_nodes:
                 changes.skip(layer.name, placement.float_nodes[layer.name])
         _check_constants(model, placement)
-        activations = _Activations(self, model, placement, ctx).encode()
-        activations.update(self._encode_exits(model, placement, ctx))
+        groups = _Activations(self, model, placement, ctx)
+        activations = groups.encode()
+        activations.update(self._encode_exits(model, placement, ctx, groups.known))
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
+        if groups.known:
+            estimates = sum(d.estimated for d in groups.known.values())
+            how = f", {estimates} of them estimates" if estimates else ""
+            changes.add(f"{len(groups.known)} ranges from batch normalization{how}")
         changes.add(f"{weights} weights: {self.weights}")
         return changes
 
     def _encode_exits(
-        self, model: Model, placement: Placement, ctx: Context
+        self,
+        model: Model,
+        placement: Placement,
+        ctx: Context,
+        known: Mapping[str, Distribution],
     ) -> dict[str, Encoding]:
         """Encodings per channel for results of convolutions that leave the integers."""
         dtype = Format.parse(self.activations).dtype
@@ -109,6 +132,10 @@ class Calibrate:
         found = {}
         if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
             return {}
+        for name in [n for n in names if n in known]:
+            low, high = known[name].extremes(SIGMAS)
+            found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
+        names = [n for n in names if n not in known]
         tensors = model.tensors()
         shapes = {n: tensors[n].shape or () for n in names}
         names = [n for n in names if _many_values(shapes[n][2:])]
@@ -204,7 +231,8 @@ class _Activations:
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
-        measured = ctx.statistics(model, observed, histogram=histogram)
+        self.known: dict[str, Distribution] = {}
+        measured = self._statistics(model, ctx, observed, histogram)
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
         self.readers = {n: len(consumers(t)) for n, t in model.tensors().items()}
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
@@ -212,6 +240,25 @@ class _Activations:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
+
+    def _statistics(
+        self, model: Model, ctx: Context, names: Sequence[str], histogram: bool
+    ) -> Mapping[str, TensorStatistics]:
+        """From the samples, or as far as possible from batch normalization."""
+        if self.step.ranges == "samples" and ctx.has_statistics(names):
+            return ctx.statistics(model, names, histogram=histogram)
+        known, unknown = propagate(model)
+        lacking = [n for n in names if n not in known]
+        if lacking and not ctx.has_statistics(lacking):
+            says = "; ".join(f"{n}: {unknown[n]}" for n in lacking[:NAMED])
+            more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+            raise CalibrationError(
+                f"this needs calibration samples: nothing is known of {says}{more}",
+                fix="give data (--calib PATH), real or synthetic, or exclude the nodes",
+            )
+        measured = ctx.statistics(model, lacking, histogram=histogram) if lacking else {}
+        self.known = {n: known[n] for n in names if n in known}
+        return {**{n: statistics_of(d, SIGMAS) for n, d in self.known.items()}, **measured}
 
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
