@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxq.passes.fold_dead_channels import FoldDeadChannels
     from onnxq.passes.gate_equalization import GateEqualization
     from onnxq.passes.gptq import GPTQ
+    from onnxq.passes.high_bias_absorption import HighBiasAbsorption
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
     from onnxq.passes.residual_input import ResidualInput
@@ -31,6 +32,7 @@ __all__ = [
     "FoldBatchNorm",
     "FoldDeadChannels",
     "GateEqualization",
+    "HighBiasAbsorption",
     "InsertQDQ",
     "LoadEncodings",
     "ResidualInput",
@@ -42,6 +44,7 @@ PASSES = {
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
     "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
+    "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.analysis.distribution import Distribution, propagate, statistics_of
 from onnxq.encoding import Encoding, Format
-from onnxq.errors import ModelError
+from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
@@ -33,6 +34,10 @@ ZERO_WEIGHT = 1e-3
 _FLOATS = (np.float16, np.float32, np.float64)
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
+# How many standard deviations a channel spans where batch normalization tells its range.
+SIGMAS = 6.0
+# So many tensors are named where nothing is known of them.
+NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,11 @@ class Calibrate:
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
 
+    Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
+    normalization lets expect: behind it a channel is N(beta, gamma^2), and
+    `onnxq.analysis.distribution` follows it through the graph.  What is not known so, as the
+    model's inputs never are, still needs samples.
+
     Refused, and left in float: what the target has no integer kernel for, weights and biases that
     are computed, what `exclude` names.
 
@@ -65,8 +75,11 @@ class Calibrate:
             (least expected squared error, as AIMET's tf-enhanced).
         percentile: Share of values inside the range, in percent, for method percentile.
         exclude: Globs on node names and operator types that stay in float.
+        ranges: Where ranges come from, given samples: "samples", or "batch-norm" wherever that
+            tells them.
 
-    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy).
+    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy); Nagel et al. 2019
+    (arXiv 1906.04721), section 5 (ranges from batch normalization).
     """
 
     name: ClassVar[str] = "calibrate"
@@ -76,6 +89,7 @@ class Calibrate:
     method: Method = "mse"
     percentile: float = 99.999
     exclude: tuple[str, ...] = ()
+    ranges: Literal["samples", "batch-norm"] = "samples"
 
     def __post_init__(self) -> None:
         Format.parse(self.weights)
@@ -99,6 +113,10 @@ class Calibrate:
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
+        if measured.known:
+            estimates = sum(d.estimated for d in measured.known.values())
+            how = f", {estimates} of them estimates" if estimates else ""
+            changes.add(f"{len(measured.known)} ranges from batch normalization{how}")
         changes.add(f"{weights} weights: {self.weights}")
         return changes
 
@@ -109,15 +127,18 @@ class Calibrate:
         dtype = Format.parse(self.activations).dtype
         if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
             return {}
-        bounds = measured.placement.bounds
+        exits, bounds = measured.placement.exits, measured.placement.bounds
         channels = {layer.name: layer.output_channels for layer in model.layers()}
-        names = [
-            name
-            for name, conv in measured.placement.exits.items()
-            if bounds.get(name, (0.0, np.inf)) == (0.0, np.inf)
-            and _many_values(measured.statistics[name], channels[conv])
-        ]
+        names = [n for n in exits if bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)]
         found = {}
+        for name in [n for n in names if n in measured.known]:
+            low, high = measured.known[name].extremes(SIGMAS)
+            found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
+        names = [
+            n
+            for n in names
+            if n not in found and _many_values(measured.statistics[n], channels[exits[n]])
+        ]
         for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
             low, high = _with_margin(low, high)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
@@ -222,7 +243,8 @@ class _Activations:
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
-        measured = ctx.statistics(model, observed, histogram=histogram)
+        self.known: dict[str, Distribution] = {}
+        measured = self._statistics(model, ctx, observed, histogram)
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
         self.readers = self._count_readers(model)
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
@@ -241,6 +263,25 @@ class _Activations:
                 kernel = nodes.get(node.name)
                 readers[root] += kernel is None or kernel.role != "move"
         return readers
+
+    def _statistics(
+        self, model: Model, ctx: Context, names: Sequence[str], histogram: bool
+    ) -> Mapping[str, TensorStatistics]:
+        """From the samples, or as far as possible from batch normalization."""
+        if self.step.ranges == "samples" and ctx.has_statistics(names):
+            return ctx.statistics(model, names, histogram=histogram)
+        known, unknown = propagate(model)
+        lacking = [n for n in names if n not in known]
+        if lacking and not ctx.has_statistics(lacking):
+            says = "; ".join(f"{n}: {unknown[n]}" for n in lacking[:NAMED])
+            more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+            raise CalibrationError(
+                f"this needs calibration samples: nothing is known of {says}{more}",
+                fix="give data (--calib PATH), real or synthetic, or exclude the nodes",
+            )
+        measured = ctx.statistics(model, lacking, histogram=histogram) if lacking else {}
+        self.known = {n: known[n] for n in names if n in known}
+        return {**{n: statistics_of(d, SIGMAS) for n, d in self.known.items()}, **measured}
 
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,15 @@ def zoo(name: str) -> Path:
     if not folder:
         pytest.skip("set ONNXQ_ZOO to the folder of the model zoo")
     return Path(folder) / "models" / f"{name}.onnx"
+
+
+def zoo_samples(name: str, folder: Path, limit: int) -> Path:
+    """Calibration samples of a zoo model, written into a folder by the zoo's own script."""
+    source = zoo(name)
+    script = source.parent.parent / "calib.py"
+    command = [sys.executable, str(script), str(source), str(folder), "--limit", str(limit)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
 
 
 # ---------------------------------------------------------------------- random chains
