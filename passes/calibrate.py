@@ -153,7 +153,7 @@ class Calibrate:
             layer = Layer.of(model, node)
             if layer is not None:
                 end = ends.of(layer.y, placement.nodes[node.name])
-                self._encode_weight(model, layer, model.encodings.get(end.name))
+                self._encode_weight(model, layer, end)
                 count += 1
                 continue
             for index, tensor in enumerate(data_inputs(node, placement.nodes[node.name])):
@@ -170,8 +170,8 @@ class Calibrate:
             tensor = node.inputs[index] = model.constant(f"{tensor.name}.{node.name}", values)
         model.encodings[tensor.name] = encoding
 
-    def _encode_weight(self, model: Model, layer: Layer, leaving: Encoding | None) -> None:
-        """Of the weight of a layer, given the encoding of the layer's result."""
+    def _encode_weight(self, model: Model, layer: Layer, end: gs.Tensor) -> None:
+        """Of the weight of a layer, given the tensor that has the encoding of its result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
         encoding = self._weight_encoding(layer, values)
@@ -183,8 +183,11 @@ class Calibrate:
         x = model.encodings.get(layer.x.name)
         if x is not None and layer.op in ("Conv", "Gemm"):
             bias = np.zeros(1) if layer.bias is None else finite(model, layer.bias_tensor)
+            leaving, last = model.encodings.get(end.name), producer(end)
             if leaving is not None and leaving.axis is not None:
                 bias = bias + leaving.scale * leaving.zero_point
+            elif leaving is not None and last is not None and last.op == "Min":
+                bias = np.abs(bias) + leaving.high  # as far as a bound per channel may shift it
             encoding = guard_bias(encoding, bias, float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
