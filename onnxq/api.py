@@ -16,6 +16,7 @@ import numpy as np
 from onnxq import encodings_json, recipe
 from onnxq.analysis import cost, error, fusion, latency
 from onnxq.calibration import Calibration, Samples
+from onnxq.encoding import Format
 from onnxq.errors import ModelError, OnnxqError, RecipeError
 from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
@@ -43,7 +44,7 @@ def quantize(
     destination: str | os.PathLike[str] | None = None,
     calib: Any = None,
     *,
-    recipe: str | os.PathLike[str] | Recipe = "default",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     target: str | Target | None = None,
     weights: str | None = None,
     activations: str | None = None,
@@ -63,7 +64,8 @@ def quantize(
         source: The float model; never changed.
         destination: Where the Q/DQ model is written, whole or not at all; None: nowhere.
         calib: Calibration samples in any form that `Calibration` takes.
-        recipe: Name or file of the passes to run.
+        recipe: Name or file of the passes to run; None: default, or per-tensor if that is the
+            granularity of the weights.
         target: What the model is to run on; None: the recipe's.
         weights: Format of weights, such as int8/channel; None: the recipe's.
         activations: Format of activations, such as uint8; None: the recipe's.
@@ -83,6 +85,9 @@ def quantize(
     Raises:
         OnnxqError: Anything that the user can mend.
     """
+    if recipe is None:
+        granular = weights is None or Format.parse(weights).granularity != "tensor"
+        recipe = "default" if granular else "per-tensor"
     chosen = _recipe(recipe)
     wanted = {"weights": weights, "activations": activations, "method": method}
     given: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}

@@ -168,10 +168,10 @@ def main() -> None:
 @_calib
 @click.option(
     "--recipe",
-    default="default",
-    show_default=True,
     metavar="NAME|FILE",
-    help="The passes to run: default, minmax (the plain scheme, for comparison), or a TOML file.",
+    show_default="default, or per-tensor where --weights says so",
+    help="The passes to run: default, per-tensor (channels evened out first, for targets with one"
+    " scale per weight), minmax (the plain scheme, for comparison), or a TOML file.",
 )
 @_target
 @click.option(
@@ -275,9 +275,9 @@ def run(
 ) -> None:
     """Run any pipeline of passes.
 
-    RECIPE is default, minmax or a TOML file; IN is the float model, which is never changed; OUT
-    is the new model, which appears whole or not at all. Samples are needed by passes that read
-    them, such as calibrate.
+    RECIPE is default, per-tensor, minmax or a TOML file; IN is the float model, which is never
+    changed; OUT is the new model, which appears whole or not at all. Samples are needed by passes
+    that read them, such as calibrate.
 
     A recipe file:
       [[pass]]

@@ -52,10 +52,50 @@ name = "clean"
 name = "fold-batch-norm"
 
 [[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
 name = "gate-equalization"
 
 [[pass]]
 name = "calibrate"
+
+[[pass]]
+name = "residual-input"
+
+[[pass]]
+name = "gptq"
+
+[[pass]]
+name = "insert-qdq"
+""",
+    "per-tensor": """\
+name = "per-tensor"
+description = "For targets with one scale per weight: channels are evened out first."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+standalone = "conv"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "cross-layer-equalization"
+balance = "both"
+
+[[pass]]
+name = "gate-equalization"
+
+[[pass]]
+name = "calibrate"
+weights = "int8/tensor"
+
+[[pass]]
+name = "residual-input"
 
 [[pass]]
 name = "gptq"
