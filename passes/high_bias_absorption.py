@@ -10,6 +10,7 @@ import numpy as np
 from onnxq.analysis.cost import Shapes
 from onnxq.analysis.distribution import propagate, shapes_of
 from onnxq.analysis.offsets import RECTIFIERS, Offsets, Reach, per_channel, trace
+from onnxq.errors import RecipeError
 from onnxq.kernels import normals
 from onnxq.model import BatchNormStatistics, Layer, Model
 from onnxq.ops import conv_window, window_sums
@@ -68,6 +69,14 @@ class HighBiasAbsorption:
     amount: Literal["weighed", "whole"] = "weighed"
     bits: int = 8
     limit: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.sigmas >= 0:
+            raise RecipeError(f"sigmas: wanted 0 or more, got {self.sigmas}")
+        if self.bits < 2:
+            raise RecipeError(f"bits: wanted 2 or more, got {self.bits}")
+        if self.limit < 0:
+            raise RecipeError(f"limit: wanted 0 or more samples, got {self.limit}")
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Move constants from biases to biases."""

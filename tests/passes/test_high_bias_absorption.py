@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from onnxq.analysis.distribution import propagate, shapes_of
+from onnxq.errors import RecipeError
 from onnxq.model import BatchNormStatistics, load
 from onnxq.pass_manager import Context
 from onnxq.passes import CrossLayerEqualization, FoldBatchNorm, HighBiasAbsorption
@@ -435,3 +436,11 @@ def test_nothing_is_known_without_samples_or_normalization():
     assert reasons(changes)[first] == "no channel is always above zero"
     # an estimate, as of the second layer, is not enough to take something off
     assert "nothing is known of y without samples" in reasons(changes)[second]
+
+
+@pytest.mark.parametrize(
+    "given", [{"sigmas": -1.0}, {"sigmas": np.nan}, {"bits": 1}, {"limit": -1}]
+)
+def test_options_that_mean_nothing(given):
+    with pytest.raises(RecipeError, match=next(iter(given))):
+        HighBiasAbsorption(**given)
