@@ -17,22 +17,42 @@ from onnxq import encodings_json, recipe
 from onnxq.analysis import cost, error, fusion, latency
 from onnxq.calibration import Calibration, Samples
 from onnxq.encoding import Format
-from onnxq.errors import ModelError, OnnxqError, RecipeError
+from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError
 from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
 from onnxq.model_io import external_files
 from onnxq.pass_manager import Context, Pass, PassManager
-from onnxq.passes import Calibrate, LoadEncodings
+from onnxq.passes import (
+    Calibrate,
+    Clean,
+    CrossLayerEqualization,
+    FoldBatchNorm,
+    FoldDeadChannels,
+    HighBiasAbsorption,
+    LoadEncodings,
+)
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.report import Report
 from onnxq.runtime import Session, versions
 from onnxq.statistics import Statistics
+from onnxq.synthetic import synthesize
 from onnxq.targets import Target
 from onnxq.version import __version__
 
-__all__ = ["Comparison", "Inspection", "check_outputs", "compare", "inspect", "quantize", "run"]
+__all__ = [
+    "Comparison",
+    "Inspection",
+    "check_outputs",
+    "compare",
+    "equalize_model",
+    "inspect",
+    "quantize",
+    "run",
+]
 
+# Samples that are made up where there are none.
+SYNTHETIC_SAMPLES = 64
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
 # Operators of models that are quantized already.
@@ -54,6 +74,7 @@ def quantize(
     preprocess: Any = None,
     encodings: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
+    data_free: bool = False,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -64,8 +85,8 @@ def quantize(
         source: The float model; never changed.
         destination: Where the Q/DQ model is written, whole or not at all; None: nowhere.
         calib: Calibration samples in any form that `Calibration` takes.
-        recipe: Name or file of the passes to run; None: default, or per-tensor if that is the
-            granularity of the weights.
+        recipe: Name or file of the passes to run; None: default; per-tensor if that is the
+            granularity of the weights; data-free where there are no samples.
         target: What the model is to run on; None: the recipe's.
         weights: Format of weights, such as int8/channel; None: the recipe's.
         activations: Format of activations, such as uint8; None: the recipe's.
@@ -75,6 +96,7 @@ def quantize(
         preprocess: Preset or TOML file that turns pictures into inputs.
         encodings: Encodings to use instead of calibrating.
         statistics: A file in which calibration statistics are kept for the next run.
+        data_free: Make samples up instead of reading any, see `onnxq.synthetic`.
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -86,8 +108,8 @@ def quantize(
         OnnxqError: Anything that the user can mend.
     """
     if recipe is None:
-        granular = weights is None or Format.parse(weights).granularity != "tensor"
-        recipe = "default" if granular else "per-tensor"
+        tensor = weights is not None and Format.parse(weights).granularity == "tensor"
+        recipe = "data-free" if data_free else "per-tensor" if tensor else "default"
     chosen = _recipe(recipe)
     wanted = {"weights": weights, "activations": activations, "method": method}
     given: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
@@ -105,6 +127,7 @@ def quantize(
         limit=limit,
         preprocess=preprocess,
         statistics=statistics,
+        data_free=data_free,
         seed=seed,
         threads=threads,
         progress=progress,
@@ -121,6 +144,7 @@ def run(
     limit: int | None = None,
     preprocess: Any = None,
     statistics: str | os.PathLike[str] | None = None,
+    data_free: bool = False,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -134,7 +158,21 @@ def run(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
     _check_loads(before)
-    data = None if calib is None else _calibration(calib, limit, preprocess)
+    notes: tuple[str, ...] = ()
+    if data_free:
+        if calib is not None:
+            raise CalibrationError("samples are given, and none are wanted", fix="choose one")
+        made = synthesize(
+            before,
+            count=limit or SYNTHETIC_SAMPLES,
+            seed=seed,
+            preprocess=preprocess,
+            threads=threads,
+            progress=progress,
+        )
+        data, notes = Calibration(made), made.notes
+    else:
+        data = None if calib is None else _calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
         data,
@@ -149,7 +187,7 @@ def run(
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
     report = ctx.report
-    report.notes[:0] = after.notes
+    report.notes[:0] = [*after.notes, *notes]
     after.set_metadata("onnxq.version", __version__)
     after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
     _measure(report, before, after, ctx)
@@ -160,6 +198,38 @@ def run(
         after.save(destination)
         report.facts["bytes"]["after"] = _bytes(Path(destination))
     return after, report
+
+
+def equalize_model(
+    source: str | os.PathLike[str] | Model, calib: Any = None, **context: Any
+) -> tuple[Model, Report]:
+    """Even out the channels of a model: fold, equalize, absorb; the function stays the same.
+
+    BatchNormalization is folded, dead channels are cleared away, neighbouring layers equalized,
+    and high biases absorbed: what has to be done to a model before weights with one scale per
+    tensor can be accurate.
+
+    Args:
+        source: The float model; never changed.
+        calib: Samples, in any form that `Calibration` takes; None: by batch normalization alone.
+        **context: Further arguments of `Context` (seed, threads, progress).
+
+    Returns:
+        The float model with even channels, and the report of what was done and declined.
+
+    Raises:
+        OnnxqError: Anything that the user can mend.
+
+    Source: Nagel et al. 2019 (arXiv 1906.04721).
+    """
+    steps = PassManager(
+        Clean(),
+        FoldBatchNorm(standalone="conv"),
+        FoldDeadChannels(),
+        CrossLayerEqualization(),
+        HighBiasAbsorption(),
+    )
+    return steps(source, calib, **context)
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,12 @@ _calib = click.option(
     " pictures, or of test_data_set_* folders; or one .npz or .npy with samples stacked along the"
     " first axis. A hundred typical inputs are plenty, labels are not needed.",
 )
+_data_free = click.option(
+    "--data-free",
+    is_flag=True,
+    help="Work without samples: ranges come from batch normalization where there is any, and from"
+    " samples that are made up. Give --preprocess if the inputs are pictures and you know it.",
+)
 _target = click.option(
     "--target",
     metavar="NAME",
@@ -166,12 +172,13 @@ def main() -> None:
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="OUT", type=FILE)
 @_calib
+@_data_free
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    show_default="default, or per-tensor where --weights says so",
+    show_default="default, per-tensor or data-free, as the other options say",
     help="The passes to run: default, per-tensor (channels evened out first, for targets with one"
-    " scale per weight), minmax (the plain scheme, for comparison), or a TOML file.",
+    " scale per weight), data-free, minmax (the plain scheme, for comparison), or a TOML file.",
 )
 @_target
 @click.option(
@@ -238,10 +245,15 @@ def quantize(
       onnxq quantize in.onnx out.onnx --calib samples/
       onnxq quantize in.onnx out.onnx --calib photos/ --preprocess imagenet
       onnxq quantize in.onnx out.onnx --calib samples/ --exclude 'head.*'
-      onnxq quantize in.onnx out.onnx --calib samples/ --recipe minmax
+      onnxq quantize in.onnx out.onnx --calib samples/ --weights int8/tensor
+      onnxq quantize in.onnx out.onnx --data-free --preprocess imagenet
     """
-    if calib is None and given["encodings"] is None:
-        raise click.UsageError("give samples (--calib PATH) or encodings (--encodings FILE)")
+    if calib is None and given["encodings"] is None and not given["data_free"]:
+        raise click.UsageError(
+            "give samples (--calib PATH), or encodings (--encodings FILE), or do without (--data-free)"
+        )
+    if calib is not None and given["data_free"]:
+        raise click.UsageError("--calib and --data-free exclude one another")
     from onnxq import api, encodings_json
 
     made = (destination, save_encodings, json_file, given["statistics"])
@@ -258,6 +270,7 @@ def quantize(
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="OUT", type=FILE)
 @_calib
+@_data_free
 @_target
 @_samples
 @_statistics
@@ -275,7 +288,7 @@ def run(
 ) -> None:
     """Run any pipeline of passes.
 
-    RECIPE is default, per-tensor, minmax or a TOML file; IN is the float model, which is never
+    RECIPE is the name of a recipe or a TOML file; IN is the float model, which is never
     changed; OUT is the new model, which appears whole or not at all. Samples are needed by passes
     that read them, such as calibrate.
 

@@ -103,6 +103,41 @@ name = "gptq"
 [[pass]]
 name = "insert-qdq"
 """,
+    "data-free": """\
+name = "data-free"
+description = "Without samples: equalize, absorb, ranges from batch normalization, correct."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+standalone = "conv"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "cross-layer-equalization"
+balance = "both"
+
+[[pass]]
+name = "high-bias-absorption"
+
+[[pass]]
+name = "gate-equalization"
+
+[[pass]]
+name = "calibrate"
+ranges = "batch-norm"
+
+[[pass]]
+name = "bias-correction"
+method = "analytic"
+
+[[pass]]
+name = "insert-qdq"
+""",
     "minmax": """\
 name = "minmax"
 description = "The plain scheme, for comparison: ranges from least to greatest, nearest rounding."
