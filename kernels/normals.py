@@ -42,7 +42,7 @@ def clipped_moments(
     """
     mean, std = np.empty_like(mu), np.empty_like(mu)
     for i in range(mu.size):
-        mean[i], std[i] = _clipped(mu[i], sigma[i], low[i], high[i])
+        mean[i], std[i] = _clipped(float(mu[i]), float(sigma[i]), float(low[i]), float(high[i]))
     return mean, std
 
 
