@@ -68,6 +68,7 @@ class Context:
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
         statistics: Statistics of an earlier run on the same model and data, to be reused.
+        synthetic: Whether the samples are made up, so that batch normalization knows better.
 
     Raises:
         RecipeError: A seed or a number of threads that means nothing.
@@ -83,6 +84,7 @@ class Context:
         threads: int = 0,
         progress: Progress | None = None,
         statistics: Statistics | None = None,
+        synthetic: bool = False,
     ) -> None:
         given = data is None or isinstance(data, Calibration)
         self.data: Calibration | None = data if given else Calibration(data)
@@ -95,6 +97,7 @@ class Context:
         self.threads = threads
         self.progress: Progress = progress or Silent()
         self.report = Report()
+        self.synthetic = synthetic
         self._statistics = statistics
         self._observed: tuple[int, bool, Statistics] | None = None
 

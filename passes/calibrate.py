@@ -36,6 +36,8 @@ _FLOATS = (np.float16, np.float32, np.float64)
 INPUT_BINS = 4096
 # How many standard deviations a channel spans where batch normalization tells its range.
 SIGMAS = 6.0
+# A made-up sample is never a clear case of anything: outputs of real ones reach farther, about so.
+UNSEEN_OUTPUTS = 3.0
 # So many tensors are named where nothing is known of them.
 NAMED = 3
 
@@ -255,6 +257,12 @@ class _Activations:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
+        tensors = model.tensors()
+        self.outputs = {
+            root
+            for name, root in self.source.items()
+            if ctx.synthetic and model.is_output(tensors[name])
+        }
 
     def _count_readers(self, model: Model) -> dict[str, int]:
         """How many read a tensor, or what is only moved from it; the model's outputs count."""
@@ -304,6 +312,12 @@ class _Activations:
         return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
 
     def _range(self, name: str) -> tuple[float, float]:
+        low, high = self._seen_range(name)
+        if name in self.outputs and (name not in self.known or self.known[name].estimated):
+            return low * UNSEEN_OUTPUTS, high * UNSEEN_OUTPUTS
+        return low, high
+
+    def _seen_range(self, name: str) -> tuple[float, float]:
         known = self.statistics[name]
         if name in self.inputs:
             return self.inputs[name]
