@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.version import __version__
 
 if TYPE_CHECKING:
-    from onnxq.api import compare, inspect, quantize, run
+    from onnxq.api import compare, equalize_model, inspect, quantize, run
     from onnxq.calibration import Calibration
     from onnxq.encoding import Encoding, Encodings, Format
     from onnxq.errors import OnnxqError
@@ -40,6 +40,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "compare",
+    "equalize_model",
     "inspect",
     "load",
     "quantize",
@@ -63,6 +64,7 @@ _HOMES = {
     "Report": "onnxq.report",
     "Statistics": "onnxq.statistics",
     "compare": "onnxq.api",
+    "equalize_model": "onnxq.api",
     "inspect": "onnxq.api",
     "load": "onnxq.model",
     "quantize": "onnxq.api",

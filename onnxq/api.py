@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,26 +13,51 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import encodings_json, recipe
+from onnxq import encodings_json, recipe, report_html
 from onnxq.analysis import cost, error, fusion, latency
+from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
 from onnxq.calibration import Calibration, Samples
-from onnxq.errors import ModelError, OnnxqError, RecipeError
+from onnxq.encoding import Format
+from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError
 from onnxq.kernels._jit import announced
-from onnxq.model import Model, load
-from onnxq.pass_manager import Context, Pass, PassManager
-from onnxq.passes import Calibrate, LoadEncodings
+from onnxq.model import Layer, Model, load
+from onnxq.model_io import external_files
+from onnxq.pass_manager import After, Changes, Context, Pass, PassManager
+from onnxq.passes import (
+    Calibrate,
+    Clean,
+    CrossLayerEqualization,
+    FoldBatchNorm,
+    FoldDeadChannels,
+    HighBiasAbsorption,
+    LoadEncodings,
+)
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
-from onnxq.report import Report
+from onnxq.report import Report, write_text
 from onnxq.runtime import Session, versions
 from onnxq.statistics import Statistics
+from onnxq.synthetic import synthesize
 from onnxq.targets import Target
 from onnxq.version import __version__
 
-__all__ = ["Comparison", "Inspection", "compare", "inspect", "quantize", "run"]
+__all__ = [
+    "Comparison",
+    "Inspection",
+    "check_outputs",
+    "compare",
+    "equalize_model",
+    "inspect",
+    "quantize",
+    "run",
+]
 
+# Samples that are made up where there are none.
+SYNTHETIC_SAMPLES = 64
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
+# Operators of models that are quantized already.
+_QUANTIZED = re.compile("(De)?QuantizeLinear|DynamicQuantize.*|QLinear.*|.+Integer")
 
 
 def quantize(
@@ -39,7 +65,7 @@ def quantize(
     destination: str | os.PathLike[str] | None = None,
     calib: Any = None,
     *,
-    recipe: str | os.PathLike[str] | Recipe = "default",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
     target: str | Target | None = None,
     weights: str | None = None,
     activations: str | None = None,
@@ -49,6 +75,8 @@ def quantize(
     preprocess: Any = None,
     encodings: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
+    data_free: bool = False,
+    report: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -59,7 +87,8 @@ def quantize(
         source: The float model; never changed.
         destination: Where the Q/DQ model is written, whole or not at all; None: nowhere.
         calib: Calibration samples in any form that `Calibration` takes.
-        recipe: Name or file of the passes to run.
+        recipe: Name or file of the passes to run; None: default; per-tensor if that is the
+            granularity of the weights; data-free where there are no samples.
         target: What the model is to run on; None: the recipe's.
         weights: Format of weights, such as int8/channel; None: the recipe's.
         activations: Format of activations, such as uint8; None: the recipe's.
@@ -69,6 +98,8 @@ def quantize(
         preprocess: Preset or TOML file that turns pictures into inputs.
         encodings: Encodings to use instead of calibrating.
         statistics: A file in which calibration statistics are kept for the next run.
+        data_free: Make samples up instead of reading any, see `onnxq.synthetic`.
+        report: A file for the report as a page (HTML).
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -79,6 +110,9 @@ def quantize(
     Raises:
         OnnxqError: Anything that the user can mend.
     """
+    if recipe is None:
+        tensor = weights is not None and Format.parse(weights).granularity == "tensor"
+        recipe = "data-free" if data_free else "per-tensor" if tensor else "default"
     chosen = _recipe(recipe)
     wanted = {"weights": weights, "activations": activations, "method": method}
     given: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
@@ -96,6 +130,8 @@ def quantize(
         limit=limit,
         preprocess=preprocess,
         statistics=statistics,
+        data_free=data_free,
+        report=report,
         seed=seed,
         threads=threads,
         progress=progress,
@@ -112,19 +148,35 @@ def run(
     limit: int | None = None,
     preprocess: Any = None,
     statistics: str | os.PathLike[str] | None = None,
+    data_free: bool = False,
+    report: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Model, Report]:
     """Run any recipe; the arguments are those of `quantize`."""
     chosen = _recipe(recipe)
-    _check_destination(source, destination)
+    check_outputs([destination, statistics, report], models=[source], others=[calib])
     before = load(source)
-    if any(n.op in ("QuantizeLinear", "DequantizeLinear") for n in before.graph.nodes):
+    if any(_QUANTIZED.fullmatch(n.op) for n in before.graph.nodes):
         raise ModelError(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
+    _check_loads(before)
+    notes: tuple[str, ...] = ()
     data = None if calib is None else _calibration(calib, limit, preprocess)
+    if data_free:
+        if calib is not None:
+            raise CalibrationError("samples are given, and none are wanted", fix="choose one")
+        made = synthesize(
+            before,
+            count=limit or SYNTHETIC_SAMPLES,
+            seed=seed,
+            preprocess=preprocess,
+            threads=threads,
+            progress=progress,
+        )
+        data, notes = Calibration(made), made.notes
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
         data,
@@ -133,23 +185,63 @@ def run(
         threads=threads,
         progress=progress,
         statistics=_known_statistics(kept, before),
+        synthetic=data_free,
     )
     after = before.clone()
-    manager = PassManager(*chosen.passes)
+    ranges = WeightRanges(before)
+    manager = PassManager(*chosen.passes, after=_watch(ranges, chosen.passes))
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
-    report = ctx.report
-    report.notes[:0] = after.notes
+    result = ctx.report
+    result.notes[:0] = [*after.notes, *notes]
     after.set_metadata("onnxq.version", __version__)
     after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
-    _measure(report, before, after, ctx)
+    _measure(result, before, after, ctx)
+    layers = ranges.finish(after)
+    result.facts["weights"] = [layer.to_dict() for layer in layers]
     if kept is not None and ctx.observed is not None and not kept.exists():
         ctx.observed.metadata["model"] = before.digest()
         ctx.observed.save(kept)
     if destination is not None:
         after.save(destination)
-        report.facts["bytes"]["after"] = _bytes(Path(destination))
-    return after, report
+        result.facts["bytes"]["after"] = _bytes(Path(destination))
+    if report is not None:
+        title = before.path.name if before.path is not None else before.graph.name
+        text = after.metadata["onnxq.recipe"]
+        write_text(Path(report), report_html.page(title, result, layers, text, seed))
+    return after, result
+
+
+def equalize_model(
+    source: str | os.PathLike[str] | Model, calib: Any = None, **context: Any
+) -> tuple[Model, Report]:
+    """Even out the channels of a model: fold, equalize, absorb; the function stays the same.
+
+    BatchNormalization is folded, dead channels are cleared away, neighbouring layers equalized,
+    and high biases absorbed: what has to be done to a model before weights with one scale per
+    tensor can be accurate.
+
+    Args:
+        source: The float model; never changed.
+        calib: Samples, in any form that `Calibration` takes; None: by batch normalization alone.
+        **context: Further arguments of `Context` (seed, threads, progress).
+
+    Returns:
+        The float model with even channels, and the report of what was done and declined.
+
+    Raises:
+        OnnxqError: Anything that the user can mend.
+
+    Source: Nagel et al. 2019 (arXiv 1906.04721).
+    """
+    steps = PassManager(
+        Clean(),
+        FoldBatchNorm(standalone="conv"),
+        FoldDeadChannels(),
+        CrossLayerEqualization(),
+        HighBiasAbsorption(),
+    )
+    return steps(source, calib, **context)
 
 
 @dataclass(frozen=True)
@@ -162,6 +254,7 @@ class Comparison:
         latency_ms: Median milliseconds per sample: float, other; empty if not timed.
         samples: How many samples were compared.
         threads: Threads of onnxruntime while timing; 0 for all cores.
+        notes: What was given up when loading the samples.
     """
 
     outputs: list[error.OutputError]
@@ -169,6 +262,7 @@ class Comparison:
     latency_ms: tuple[float, ...]
     samples: int
     threads: int
+    notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -178,6 +272,7 @@ class Comparison:
             "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
             "samples": self.samples,
             "threads": self.threads,
+            "notes": self.notes,
         }
 
 
@@ -200,8 +295,7 @@ def compare(
     ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
     sessions = [Session(load(p).to_proto(), threads=threads) for p in paths]
-    assert ctx.data is not None
-    samples = ctx.data.bind(sessions[0].inputs)
+    samples = ctx.spread(sessions[0], 0)
     with ctx.progress.task("compare", samples.length) as advance:
         outputs = error.compare(sessions[0], sessions[1], samples, advance)
     times: tuple[float, ...] = ()
@@ -210,7 +304,7 @@ def compare(
             times = latency.alternate(sessions, next(iter(samples)))
     sizes = (_bytes(paths[0]), _bytes(paths[1]))
     count = outputs[0].samples if outputs else 0
-    return Comparison(outputs, sizes, times, count, threads)
+    return Comparison(outputs, sizes, times, count, threads, ctx.report.notes)
 
 
 @dataclass(frozen=True)
@@ -282,6 +376,41 @@ def inspect(
     )
 
 
+def check_outputs(
+    outputs: Iterable[str | os.PathLike[str] | None],
+    *,
+    models: Iterable[Any],
+    others: Iterable[Any] = (),
+) -> None:
+    """Refuse outputs that cannot be written, or would replace an input, before work is done.
+
+    Args:
+        outputs: What is to be written; None for nothing.
+        models: Models that are read; what is no path does not matter.
+        others: What else is read.
+
+    Raises:
+        OnnxqError: Names the output, and why not.
+    """
+    sources = [Path(m) for m in models if isinstance(m, (str, os.PathLike))]
+    given = [*sources, *(Path(o) for o in others if isinstance(o, (str, os.PathLike)))]
+    paths = [Path(o) for o in outputs if o is not None]
+    for index, path in enumerate(paths):
+        try:
+            _check_output(path)
+            taken = [p for p in given if path.exists() and os.path.exists(p) and path.samefile(p)]
+        except OSError as error:  # a name that is too long, a folder that may not be looked into
+            raise OnnxqError(
+                f"cannot be written: {error.strerror}", where=path, fix="write to another file"
+            ) from error
+        if taken:
+            raise OnnxqError("is the input", where=path, fix="write to another file")
+        if path.exists() and any(path.resolve() in external_files(p) for p in sources):
+            raise OnnxqError("holds weights of the input", where=path, fix="write to another file")
+        if path.resolve() in [p.resolve() for p in paths[:index]]:
+            raise OnnxqError("is given for two outputs", where=path, fix="name another file")
+
+
 # ---------------------------------------------------------------------- parts
 
 
@@ -311,22 +440,41 @@ def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:
     return tuple(LoadEncodings(path=str(path)) if isinstance(s, Calibrate) else s for s in steps)
 
 
+def _watch(ranges: WeightRanges, steps: Sequence[Pass]) -> After:
+    """Ranges start where BatchNormalization is in the weights, and end before the integers."""
+    folds = next((s for s in steps if isinstance(s, FoldBatchNorm)), None)
+
+    def after(step: Pass, model: Model, _: Changes) -> None:
+        if step is folds:
+            ranges.start(model)
+        else:
+            ranges.see(model)
+
+    return after
+
+
 def _dumps(chosen: Recipe, target: Target) -> str:
     return recipe.dumps(dataclasses.replace(chosen, target=target.name))
 
 
-def _check_destination(source: Any, destination: str | os.PathLike[str] | None) -> None:
-    if destination is None:
-        return
-    path = Path(destination)
+def _check_output(path: Path) -> None:
+    folder = path.parent
     if path.is_dir():
         raise OnnxqError("is a folder", where=path, fix="give a file name")
     if path.exists() and not path.is_file():  # /dev/null, say: renaming onto it would replace it
         raise OnnxqError("is not a file", where=path, fix="give a file name")
-    if not path.parent.is_dir():
-        raise OnnxqError("no such folder", where=path.parent, fix="create it first")
-    if not isinstance(source, Model) and path.exists() and path.samefile(source):
-        raise OnnxqError("is the input", where=path, fix="write to another file")
+    if not folder.is_dir():
+        raise OnnxqError("no such folder", where=folder, fix="create it first")
+    if not os.access(folder, os.W_OK):
+        raise OnnxqError("the folder cannot be written to", where=folder, fix="take another one")
+
+
+def _check_loads(model: Model) -> None:
+    """Let onnxruntime refuse a model before any pass stumbles over it."""
+    try:
+        Session(model.to_proto(), threads=1, level="disabled")
+    except ModelError as error:
+        raise ModelError(error.what, where=model.path, fix=error.fix) from error
 
 
 def _known_statistics(path: Path | None, model: Model) -> Statistics | None:
@@ -363,16 +511,10 @@ def _first(samples: Samples) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _bytes(path: Path) -> int:
-    from onnxq.model_io import external_files
-
     return path.stat().st_size + sum(f.stat().st_size for f in external_files(path))
 
 
-def _weight_facts(layer: Any) -> tuple[tuple[int, ...], float, float, float]:
-    values = np.asarray(layer.weight, np.float64)
-    axis = layer.channel_axis
-    others = tuple(i for i in range(values.ndim) if i != axis)
-    bound = np.abs(values).max(axis=others, initial=0)
-    median = float(np.median(bound)) if bound.size else 0.0
-    spread = float(bound.max(initial=0) / median) if median > 0 else float("inf")
-    return values.shape, float(values.min(initial=0)), float(values.max(initial=0)), spread
+def _weight_facts(layer: Layer) -> tuple[tuple[int, ...], float, float, float]:
+    ranges = channel_ranges(layer.weight, layer.channel_axis)
+    low, high = float(ranges.low.min(initial=0)), float(ranges.high.max(initial=0))
+    return layer.weight.shape, low, high, ranges.spread

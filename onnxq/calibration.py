@@ -18,6 +18,7 @@ from onnxq.feeds import Feed, Signature, as_array
 from onnxq.pictures import PRESETS, Preprocess
 from onnxq.readers import KINDS, Stored, find, read_npy, read_npz, read_pb, spread
 from onnxq.signature import TensorSpec
+from onnxq.spool import Spool
 
 __all__ = ["Calibration", "Samples"]
 
@@ -29,7 +30,7 @@ class _Reader:
     read: Callable[[], Iterator[tuple[str, Any]]]
     length: int | None
     dropped: int = 0
-    repeatable: bool = True
+    rows: int = 0
 
 
 class Calibration:
@@ -39,8 +40,9 @@ class Calibration:
         source: A folder of .npz files (arrays by input name, batch dimension included), of .npy
             files (for one input), of pictures, or of ``test_data_set_*/input_*.pb``; a .npz or .npy
             file of samples stacked along axis 0; a dict of stacked arrays, or one such array; an
-            iterable of dicts; an object with ``get_next()`` (and ``rewind()``, to be read again); a
-            function that returns a fresh iterable.
+            iterable of dicts; an object with ``get_next()``; a function that returns a fresh
+            iterable. What can be read only once (a generator, a reader without ``rewind()``) is
+            kept in a temporary file on its first reading, for as long as this object lives.
         limit: Use so many samples, a sample being one run of the model: of files, evenly spread
             over the folder in natural order; of anything else, the first.
         preprocess: For pictures: the name of a preset, a TOML file, or a `Preprocess`.
@@ -108,10 +110,7 @@ class Calibration:
                 arrays = {n: as_array(a, f"{n!r} of the dict") for n, a in arrays.items()}
             reader = _stack(arrays, "the arrays", signature, self.limit)
         else:
-            length = self._stream.length
-            if length is not None and self.limit is not None:
-                length = min(length, self.limit)
-            reader = _Reader(self._numbered, length, repeatable=self._stream.repeatable)
+            reader = _Reader(self._numbered, self._stream.length(self.limit))
         return Samples(signature, reader)
 
     # ---------------------------------------------------------------------- files
@@ -171,7 +170,7 @@ class Calibration:
                     )
                 yield where, np.concatenate(group)
 
-        return _Reader(read, count, rest)
+        return _Reader(read, count, rest, len(files))
 
     # ---------------------------------------------------------------------- iterables
 
@@ -181,55 +180,70 @@ class Calibration:
 
 
 class _Stream:
-    """An iterable, a reader or a function: each pass reads it from its start, where it has one."""
+    """An iterable, a reader or a function: each pass finds its samples from the first one on."""
 
     def __init__(self, source: Any) -> None:
         self.source = source
         self.started = False
+        self.gave = False
+        self.spool: Spool | None = None
 
-    @property
-    def repeatable(self) -> bool:
-        if hasattr(self.source, "get_next"):
-            return hasattr(self.source, "rewind")
-        return not isinstance(self.source, Iterator)
-
-    @property
-    def length(self) -> int | None:
+    def length(self, limit: int | None) -> int | None:
+        """How many samples a pass gives; None if that is not known."""
+        if self.spool is not None:
+            if limit is not None and limit <= self.spool.count:
+                return limit
+            if self.spool.finished:
+                return self.spool.count
         try:
-            return len(self.source)
+            length = len(self.source)
         except (TypeError, NotImplementedError):
             return None
+        return length if limit is None else min(length, limit)
 
     def __iter__(self) -> Iterator[Any]:
-        source, again = self.source, self.started
-        self.started = True
-        if again and not self.repeatable:
-            raise CalibrationError(
-                "the samples can be read only once, and are needed again",
-                where=type(source).__name__,
-                fix="give a list, or a function that returns a fresh iterable",
-            )
+        source = self.source
         if hasattr(source, "get_next"):
-            if again:
+            if not hasattr(source, "rewind"):
+                return self._kept(iter(source.get_next, None))
+            if self.started:
                 source.rewind()
+            self.started = True
             return iter(source.get_next, None)
-        if isinstance(source, Iterable):
-            return iter(source)
-        fresh = source()
+        if isinstance(source, Iterator):
+            return self._kept(source)
+        fresh = source if isinstance(source, Iterable) else source()
         if not isinstance(fresh, Iterable):
             raise CalibrationError(
                 f"the function returned {type(fresh).__name__}, wanted an iterable of dicts"
             )
-        return iter(fresh)
+        return self._anew(fresh)
+
+    def _kept(self, source: Iterator[Any]) -> Iterator[Any]:
+        if self.spool is None:
+            self.spool = Spool(source)
+        return iter(self.spool)
+
+    def _anew(self, fresh: Iterable[Any]) -> Iterator[Any]:
+        empty = True
+        for sample in fresh:
+            empty, self.gave = False, True
+            yield sample
+        if empty and self.gave:
+            raise CalibrationError(
+                "the samples can be read only once, and are needed again",
+                where=type(self.source).__name__,
+                fix="give the iterator itself, or a function that returns a fresh one each time",
+            )
 
 
 class Samples:
-    """Samples that fit a model: each pass over it reads the source anew and gives one feed per run.
+    """Samples that fit a model: each pass over it gives one feed per run, from the first on.
 
     Attributes:
         length: How many there are; None if that is not known.
         dropped: Rows or pictures at the end that do not fill a batch of the model's fixed size.
-        repeatable: Whether there can be a second pass.
+        note: What the user should know of that; None if nothing is dropped.
     """
 
     def __init__(self, signature: Signature, reader: _Reader) -> None:
@@ -237,7 +251,13 @@ class Samples:
         self._reader = reader
         self.length = reader.length
         self.dropped = reader.dropped
-        self.repeatable = reader.repeatable
+        self.note: str | None = None
+        if reader.dropped:
+            batch = (reader.rows - reader.dropped) // len(self)
+            self.note = (
+                f"{reader.dropped} of {reader.rows} samples dropped:"
+                f" the model takes batches of {batch}"
+            )
 
     def __len__(self) -> int:
         if self.length is None:
@@ -267,7 +287,7 @@ def _stack(arrays: Any, where: str, signature: Signature, limit: int | None) -> 
     signature.check_names(arrays, where)
     counts: dict[str, int] = {}
     starts: dict[str, Callable[[], Iterator[np.ndarray]]] = {}
-    dropped = 0
+    dropped, total = 0, 0
     for name, array in arrays.items():
         spec = signature.specs[name]
         above = 0 if spec.shape is None else len(array.shape) - len(spec.shape)
@@ -282,21 +302,22 @@ def _stack(arrays: Any, where: str, signature: Signature, limit: int | None) -> 
         else:
             counts[name], rest = _batches(array.shape[0], spec, where)
             starts[name] = partial(_blocks, array, _batch(spec))
-            dropped = max(dropped, rest)
+            dropped, total = max((dropped, total), (rest, array.shape[0]))
     if len(set(counts.values())) > 1:
         says = ", ".join(f"{n} of {name!r}" for name, n in counts.items())
         raise CalibrationError(f"wanted as many samples of each input, got {says}", where=where)
     length = min([*counts.values()] or [1])
     if length == 0:
         raise CalibrationError("there are no samples", where=where, fix="give at least one")
-    length = length if limit is None else min(length, limit)
+    if limit is not None and limit <= length:
+        length, dropped = limit, 0  # the rest is not wanted
 
     def read() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
         streams = {name: start() for name, start in starts.items()}
         for index in range(length):
             yield f"{where}, sample {index}", {name: next(s) for name, s in streams.items()}
 
-    return _Reader(read, length, dropped)
+    return _Reader(read, length, dropped, total)
 
 
 def _batch(spec: TensorSpec) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect as inspection_of
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,19 +64,7 @@ def _kept(text: str) -> str:
     return "\n\n".join(f"\b\n{p}" if "\n " in p else p for p in paragraphs)
 
 
-class _Output(click.Path):
-    """A file to write: what would keep it from being written is said before the work is done."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        if not path.parent.is_dir():
-            raise OnnxqError("no such folder", where=path.parent, fix="create it first")
-        if path.exists() and not path.is_file():
-            raise OnnxqError("is not a file", where=path, fix="give the name of a file")
-        return path
-
-
-FILE, NEW_FILE = click.Path(path_type=Path), _Output(path_type=Path)
+FILE = click.Path(path_type=Path, readable=False)  # what cannot be read is said by its reader
 COUNT = click.IntRange(min=1)
 
 
@@ -109,7 +96,7 @@ _output = _options(
     click.option(
         "--json",
         "json_file",
-        type=NEW_FILE,
+        type=FILE,
         metavar="FILE",
         help="Also write the results as JSON.",
     ),
@@ -131,6 +118,12 @@ _calib = click.option(
     " pictures, or of test_data_set_* folders; or one .npz or .npy with samples stacked along the"
     " first axis. A hundred typical inputs are plenty, labels are not needed.",
 )
+_data_free = click.option(
+    "--data-free",
+    is_flag=True,
+    help="Work without samples: ranges come from batch normalization where there is any, and from"
+    " samples that are made up. Give --preprocess if the inputs are pictures and you know it.",
+)
 _target = click.option(
     "--target",
     metavar="NAME",
@@ -139,10 +132,17 @@ _target = click.option(
 )
 _statistics = click.option(
     "--statistics",
-    type=NEW_FILE,
+    type=FILE,
     metavar="FILE",
     help="Keep what was learned from the samples in this file, and start from it the next time, as"
     " in --statistics in.stats.npz. Delete it when the samples change.",
+)
+_report = click.option(
+    "--report",
+    type=FILE,
+    metavar="FILE",
+    help="Also write the results as a page that opens offline, as in --report out.html: with what"
+    " each channel's weights were before and after.",
 )
 _seed = click.option(
     "--seed",
@@ -179,12 +179,13 @@ def main() -> None:
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="OUT", type=FILE)
 @_calib
+@_data_free
 @click.option(
     "--recipe",
-    default="default",
-    show_default=True,
     metavar="NAME|FILE",
-    help="The passes to run: default, minmax (the plain scheme, for comparison), or a TOML file.",
+    show_default="default, per-tensor or data-free, as the other options say",
+    help="The passes to run: default, per-tensor (channels evened out first, for targets with one"
+    " scale per weight), data-free, minmax (the plain scheme, for comparison), or a TOML file.",
 )
 @_target
 @click.option(
@@ -224,12 +225,13 @@ def main() -> None:
 )
 @click.option(
     "--save-encodings",
-    type=NEW_FILE,
+    type=FILE,
     metavar="FILE",
     help="Write the scales and zero points that were used, for --encodings.",
 )
 @_samples
 @_statistics
+@_report
 @_seed
 @_threads
 @_output
@@ -251,12 +253,20 @@ def quantize(
       onnxq quantize in.onnx out.onnx --calib samples/
       onnxq quantize in.onnx out.onnx --calib photos/ --preprocess imagenet
       onnxq quantize in.onnx out.onnx --calib samples/ --exclude 'head.*'
-      onnxq quantize in.onnx out.onnx --calib samples/ --recipe minmax
+      onnxq quantize in.onnx out.onnx --calib samples/ --weights int8/tensor
+      onnxq quantize in.onnx out.onnx --data-free --preprocess imagenet
     """
-    if calib is None and given["encodings"] is None:
-        raise click.UsageError("give samples (--calib PATH) or encodings (--encodings FILE)")
+    if calib is None and given["encodings"] is None and not given["data_free"]:
+        raise click.UsageError(
+            "give samples (--calib PATH), or encodings (--encodings FILE), or take --data-free"
+        )
+    if calib is not None and given["data_free"]:
+        raise click.UsageError("--calib and --data-free exclude one another")
     from onnxq import api, encodings_json
 
+    made = (destination, save_encodings, json_file, given["statistics"], given["report"])
+    read = (calib, given["encodings"], given["recipe"])
+    api.check_outputs(made, models=[source], others=read)
     model, report = api.quantize(source, destination, calib, progress=_progress(quiet), **given)
     if save_encodings is not None:
         encodings_json.save(model.encodings, save_encodings)
@@ -268,9 +278,11 @@ def quantize(
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="OUT", type=FILE)
 @_calib
+@_data_free
 @_target
 @_samples
 @_statistics
+@_report
 @_seed
 @_threads
 @_output
@@ -285,9 +297,9 @@ def run(
 ) -> None:
     """Run any pipeline of passes.
 
-    RECIPE is default, minmax or a TOML file; IN is the float model, which is never changed; OUT
-    is the new model, which appears whole or not at all. Samples are needed by passes that read
-    them, such as calibrate.
+    RECIPE is the name of a recipe or a TOML file; IN is the float model, which is never
+    changed; OUT is the new model, which appears whole or not at all. Samples are needed by passes
+    that read them, such as calibrate.
 
     A recipe file:
       [[pass]]
@@ -304,6 +316,8 @@ def run(
     """
     from onnxq import api
 
+    made = (destination, json_file, given["statistics"], given["report"])
+    api.check_outputs(made, models=[source], others=(calib, recipe))
     _, report = api.run(recipe, source, destination, calib, progress=_progress(quiet), **given)
     _finish(report, source, destination, json_file, quiet)
 
@@ -343,6 +357,7 @@ def compare(
     """
     from onnxq import api, tables
 
+    api.check_outputs([json_file], models=[reference, other], others=[data])
     result = api.compare(reference, other, data, progress=_progress(quiet), **given)
     _write_json(json_file, result.to_dict())
     if not quiet:
@@ -374,6 +389,7 @@ def inspect(source: Path, shapes: Sequence[str], json_file: Path | None, quiet: 
     sizes = dict(_shape(text) for text in shapes)
     from onnxq import api, tables
 
+    api.check_outputs([json_file], models=[source])
     result = api.inspect(source, shapes=sizes)
     _write_json(json_file, result.to_dict())
     if not quiet:

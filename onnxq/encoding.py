@@ -237,10 +237,12 @@ class Encodings(MutableMapping[str, Encoding]):
     Args:
         tensors: Encoding of each activation and weight that is to be written in integers.
         float_nodes: Name of each node that stays in float -> the reason.
+        derived: Tensors that passes made after calibration, as they will again: not worth saving.
     """
 
     tensors: dict[str, Encoding] = field(default_factory=dict)
     float_nodes: dict[str, str] = field(default_factory=dict)
+    derived: set[str] = field(default_factory=set)
 
     def __getitem__(self, name: str) -> Encoding:
         return self.tensors[name]
@@ -259,7 +261,12 @@ class Encodings(MutableMapping[str, Encoding]):
 
     def copy(self) -> Encodings:
         """An independent copy; encodings themselves are immutable."""
-        return Encodings(dict(self.tensors), dict(self.float_nodes))
+        return Encodings(dict(self.tensors), dict(self.float_nodes), set(self.derived))
+
+    def derive(self, name: str, encoding: Encoding) -> None:
+        """Give an encoding to a tensor that the model did not have when it was calibrated."""
+        self.tensors[name] = encoding
+        self.derived.add(name)
 
     def replace(self, other: Mapping[str, Encoding]) -> None:
         """Take over every encoding of `other`."""

@@ -56,15 +56,21 @@ def load(path: str | os.PathLike[str]) -> Encodings:
     """
     try:
         text = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise RecipeError("no such file", where=path, fix="check the path") from error
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=path) from error
     return loads(text, where=path)
 
 
 def dumps(encodings: Encodings) -> str:
-    """Encodings as JSON text, one entry a line; float32 scales survive exactly."""
+    """Encodings as JSON text, one entry a line; float32 scales survive exactly.
+
+    Those of tensors that passes derived after calibration are left out.
+    """
     producer = {"package": "onnxq", "version": __version__}
-    entries = ",\n".join(json.dumps(_entry(n, e)) for n, e in encodings.items())
+    kept = [(n, e) for n, e in encodings.items() if n not in encodings.derived]
+    entries = ",\n".join(json.dumps(_entry(n, e)) for n, e in kept)
     return (
         f'{{"version": "{VERSION}",\n'
         f' "producer": {json.dumps(producer)},\n'

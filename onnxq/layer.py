@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,6 +138,22 @@ class Layer:
         """The constant bias; None where there is none or it is computed."""
         tensor = self.bias_tensor
         return self.model.array(tensor) if isinstance(tensor, gs.Constant) else None
+
+    @property
+    def addend(self) -> tuple[gs.Node, int] | None:
+        """The Add of a constant per channel that alone reads a MatMul's result, and its index."""
+        readers = self.y.outputs
+        if self.op != "MatMul" or len(readers) != 1 or self.model.is_output(self.y):
+            return None
+        node = readers[0]
+        if node.op != "Add" or not any(n is node for n in self.model.graph.nodes):
+            return None  # another operator, or one of a subgraph
+        index = 1 - next(i for i, t in enumerate(node.inputs) if t is self.y)
+        constant = node.inputs[index]
+        if not isinstance(constant, gs.Constant):
+            return None
+        fits = [*constant.shape[-1:]] == [self.output_channels] == [math.prod(constant.shape)]
+        return (node, index) if fits else None
 
     @property
     def owns_params(self) -> bool:

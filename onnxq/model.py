@@ -78,7 +78,9 @@ class Model:
         self._extras = remember(proto)
         self.graph = gs.import_onnx(proto)
         if not self.graph.nodes:
-            raise ModelError("the model has no operators", where=path)
+            raise ModelError("the model has no operators", where=path, fix="export it again")
+        if not self.graph.outputs:
+            raise ModelError("the model has no outputs", where=path, fix="export it again")
         self._lift_constants()
         self._simplify_tensors()
         self._name_nodes()
@@ -137,7 +139,9 @@ class Model:
                 array: np.ndarray = numpy_helper.to_array(values.tensor)
             except (TypeError, ValueError) as error:
                 raise ModelError(
-                    "its values do not fit its shape and type", where=f"tensor {tensor.name}"
+                    "its values do not fit its shape and type",
+                    where=f"tensor {tensor.name}",
+                    fix="export the model again",
                 ) from error
             return array
         return np.asarray(values)
@@ -231,9 +235,13 @@ class Model:
         old, given = self.opset, self.to_proto()
         try:
             proto = onnx.version_converter.convert_version(given, version)
-        except (RuntimeError, ValueError, onnx.checker.ValidationError) as error:
+        except (
+            *(RuntimeError, ValueError, onnx.checker.ValidationError),
+            onnx.version_converter.ConvertError,
+        ) as error:
+            says = str(error).rpartition("failed: ")[2]  # after the place in the C++ source
             raise ModelError(
-                f"cannot convert operator set {old} to {version}: {error}",
+                f"cannot convert operator set {old} to {version}: {says}",
                 where=self.path,
                 fix=f"export the model with opset {version} or newer",
             ) from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -35,13 +37,13 @@ def read_proto(path: Path) -> onnx.ModelProto:
         ModelError: The file is missing, is no ONNX model, or refers to data outside its folder.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode):  # a pipe or a device could only be read once, or never ends
+            kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
+            raise ModelError(f"is a {kind}, not a model", where=path, fix="give the .onnx file")
         proto = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
         raise ModelError("no such file", where=path, fix="check the path") from error
-    except IsADirectoryError as error:
-        raise ModelError(
-            "is a folder, not a model", where=path, fix="give the .onnx file"
-        ) from error
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
@@ -70,24 +72,31 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
     info = {e.key: e.value for e in tensor.external_data}
     location = info.get("location", "")
     folder = path.parent.resolve()
-    target = (folder / location).resolve()
     where = f"tensor {tensor.name} of {path}"
+    try:
+        target = (folder / location).resolve()
+        there = target.stat().st_size if target.is_file() else None
+    except (OSError, ValueError, RuntimeError) as error:  # too long, with a zero byte, a link loop
+        raise ModelError(
+            "external data has no valid path", where=where, fix="export the model again"
+        ) from error
     if not location or os.path.isabs(location) or not target.is_relative_to(folder):
         raise ModelError(
             f"external data {location!r} lies outside the model's folder",
             where=where,
             fix="put the data beside the model",
         )
-    if not target.is_file():
+    if there is None:
         raise ModelError(
             f"external data {location} is missing", where=where, fix="copy it beside the model"
         )
     try:
         start, length = int(info.get("offset", 0)), int(info.get("length", 0))
     except ValueError as error:
-        raise ModelError("external data has no valid offset or length", where=where) from error
-    there = target.stat().st_size - start
-    if start < 0 or length < 0 or max(length, stored_bytes(tensor)) > there:
+        raise ModelError(
+            "external data has no valid offset or length", where=where, fix="export the model again"
+        ) from error
+    if start < 0 or length < 0 or max(length, stored_bytes(tensor)) > there - start:
         raise ModelError(f"external data {location} is cut off", where=where, fix="copy it again")
 
 
@@ -110,12 +119,13 @@ def external_files(path: Path | None) -> set[Path]:
         proto = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
     except (OSError, DecodeError, ValueError):  # something else has taken its place
         return set()
-    return {
-        (path.parent / entry.value).resolve()
-        for tensor in external_tensors(proto)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+    files = set()
+    for tensor in external_tensors(proto):
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                with suppress(OSError, ValueError, RuntimeError):  # no path: refused when read
+                    files.add((path.parent / entry.value).resolve())
+    return files
 
 
 def serialized_size(proto: onnx.ModelProto) -> int:

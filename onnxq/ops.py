@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 __all__ = [
     "ACTIVATIONS",
     "LAYERS",
@@ -12,9 +14,12 @@ __all__ = [
     "Window",
     "bias_input",
     "channel_axis",
+    "conv_coverage",
+    "conv_taps",
     "conv_window",
     "is_movement",
     "matmul_weight",
+    "window_sums",
 ]
 
 
@@ -160,3 +165,47 @@ def conv_window(attrs: dict[str, Any], spatial: tuple[int, ...], size: tuple[int
             )
         )
     return Window(tuple(size), strides, dilations, begin, positions)
+
+
+def conv_taps(window: Window, spatial: tuple[int, ...]) -> list[np.ndarray]:
+    """Per spatial axis, which taps lie inside the input at each output position, bool [P, size]."""
+    found = []
+    for axis, n in enumerate(spatial):
+        taps = np.arange(window.size[axis]) * window.dilations[axis] - window.begin[axis]
+        read = np.arange(window.positions[axis])[:, None] * window.strides[axis] + taps
+        found.append((read >= 0) & (read < n))
+    return found
+
+
+def conv_coverage(window: Window, spatial: tuple[int, ...]) -> np.ndarray:
+    """The share of output positions at which each tap lies inside the input, [*size].
+
+    1 everywhere without padding: the share that is missing meets the padded border.
+    """
+    shares = np.ones(())
+    for inside in conv_taps(window, spatial):
+        shares = shares[..., None] * inside.mean(axis=0)
+    return shares
+
+
+def window_sums(
+    values: np.ndarray, window: Window, spatial: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over those taps that lie inside the input, at every kind of output position.
+
+    Positions at which a border cuts the window in the same way are one kind.
+
+    Args:
+        values: One per tap, [C, *size].
+        window: The window.
+        spatial: Sizes of the input.
+
+    Returns:
+        The sums [C, *kinds], and the share of positions that are of each kind, [*kinds].
+    """
+    sums, shares = values.astype(np.float64), np.ones(())
+    for inside in conv_taps(window, spatial):
+        kinds, counts = np.unique(inside, axis=0, return_counts=True)
+        sums = np.tensordot(sums, kinds.astype(np.float64), (1, 1))
+        shares = shares[..., None] * (counts / counts.sum())
+    return sums, shares

@@ -11,17 +11,21 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import numpy as np
 import onnx
 
+from onnxq import reductions
 from onnxq.calibration import Calibration, Samples
-from onnxq.errors import CalibrationError, OnnxqError, PassError
+from onnxq.errors import CalibrationError, OnnxqError, PassError, RecipeError
 from onnxq.kernels._jit import announced
 from onnxq.model import Model, load
 from onnxq.progress import Progress, Silent
 from onnxq.report import Changes, PassRecord, Report
-from onnxq.runtime import Session
+from onnxq.runtime import Session, cores
 from onnxq.statistics import Statistics, observe
 from onnxq.targets import Target
 
 __all__ = ["Changes", "Context", "Pass", "PassManager", "options"]
+
+# More is a mistake: each thread takes memory, and samples are in flight for each.
+MOST_THREADS = 1024
 
 After = Callable[["Pass", Model, Changes], None]
 
@@ -64,6 +68,11 @@ class Context:
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
         statistics: Statistics of an earlier run on the same model and data, to be reused.
+        synthetic: Whether the samples are made up, so that batch normalization knows better.
+
+    Raises:
+        RecipeError: A seed or a number of threads that means nothing.
+        TargetError: No target has that name.
     """
 
     def __init__(
@@ -75,14 +84,20 @@ class Context:
         threads: int = 0,
         progress: Progress | None = None,
         statistics: Statistics | None = None,
+        synthetic: bool = False,
     ) -> None:
         given = data is None or isinstance(data, Calibration)
         self.data: Calibration | None = data if given else Calibration(data)
+        if seed < 0:
+            raise RecipeError(f"seed: wanted 0 or more, got {seed}")
+        if not 0 <= threads <= MOST_THREADS:
+            raise RecipeError(f"threads: wanted 0 (all cores) to {MOST_THREADS}, got {threads}")
         self.seed = seed
         self.target = Target.named(target)
         self.threads = threads
         self.progress: Progress = progress or Silent()
         self.report = Report()
+        self.synthetic = synthetic
         self._statistics = statistics
         self._observed: tuple[int, bool, Statistics] | None = None
 
@@ -114,25 +129,59 @@ class Context:
         Returns:
             Name -> (least, greatest), each of shape [C].
         """
-        ranks = {
-            n: len(t.shape)
-            for n, t in model.tensors().items()
-            if n in names and t.shape is not None and len(t.shape) >= 2
-        }
-        if not ranks:
-            return {}
-        session = Session(_with_channel_ranges(model, ranks), threads=self.threads)
-        samples = self.spread(session, limit)
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        with self.progress.task("channel ranges", samples.length) as advance:
-            for feed in samples:
-                values = session.run(feed)
-                for name in ranks:
-                    low, high = values[f"{name}/min"], values[f"{name}/max"]
-                    old = found.get(name, (low, high))
-                    found[name] = np.minimum(low, old[0]), np.maximum(high, old[1])
-                advance(1)
+        ranks = reductions.ranks(model, names)
+        for values in self._per_sample(reductions.with_ranges, model, ranks, limit):
+            for name in ranks:
+                low, high = values[f"{name}/min"], values[f"{name}/max"]
+                old = found.get(name, (low, high))
+                found[name] = np.minimum(low, old[0]), np.maximum(high, old[1])
         return found
+
+    def channel_moments(
+        self, model: Model, names: Sequence[str], limit: int = 64
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Mean and standard deviation per channel (axis 1) of tensors, over the samples.
+
+        The reductions run inside onnxruntime, about the mean of each sample, so that float32 does
+        not lose a small deviation beside a large mean; tensors of unknown rank, or without a
+        channel axis, are left out.
+
+        Args:
+            model: The model, shapes inferred.
+            names: The tensors.
+            limit: Use at most so many samples.
+
+        Returns:
+            Name -> (mean, standard deviation), each float64 [C].
+        """
+        total: dict[str, tuple[float, np.ndarray, np.ndarray]] = {}
+        ranks = reductions.ranks(model, names)
+        for values in self._per_sample(reductions.with_moments, model, ranks, limit):
+            for name in ranks:
+                parts = (values[f"{name}/{part}"] for part in ("mean", "squares"))
+                mean, squares = (part.astype(np.float64).reshape(-1) for part in parts)
+                count = float(values[f"{name}/size"]) / max(mean.size, 1)
+                old = total.get(name, (0.0, np.zeros_like(mean), np.zeros_like(mean)))
+                total[name] = reductions.pooled(old, (count, mean, squares))
+        return {n: (mean, np.sqrt(squares / count)) for n, (count, mean, squares) in total.items()}
+
+    def _per_sample(
+        self,
+        reduced: Callable[[Model, Mapping[str, int]], onnx.ModelProto],
+        model: Model,
+        ranks: Mapping[str, int],
+        limit: int,
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Run what reduces tensors on each sample."""
+        if not ranks:
+            return
+        session = Session(reduced(model, ranks), threads=self.threads)
+        samples = self.spread(session, limit)
+        with self.progress.task("channels", samples.length) as advance:
+            for feed in samples:
+                yield session.run(feed)
+                advance(1)
 
     @property
     def observed(self) -> Statistics | None:
@@ -147,7 +196,15 @@ class Context:
         if self.data is None:
             raise CalibrationError("this needs calibration samples", fix="give data (--calib PATH)")
         data = self.data if not limit else self.data.limited(limit)
-        return data.bind(session.inputs)
+        samples = data.bind(session.inputs)
+        if samples.note is not None and samples.note not in self.report.notes:
+            self.report.notes.append(samples.note)
+        return samples
+
+    def has_statistics(self, names: Sequence[str]) -> bool:
+        """Whether there are samples, or statistics of an earlier run with all these tensors."""
+        given = self._statistics
+        return self.data is not None or (given is not None and all(n in given for n in names))
 
     def statistics(
         self, model: Model, names: Sequence[str], *, histogram: bool = True
@@ -178,32 +235,10 @@ class Context:
                 samples,
                 histogram=histogram,
                 progress=advance,
-                threads=self.threads or None,
+                threads=min(self.threads, cores()) or None,  # more would only take memory
             )
         self._observed = (model.revision, histogram, statistics)
         return statistics
-
-
-def _with_channel_ranges(model: Model, ranks: Mapping[str, int]) -> onnx.ModelProto:
-    """The model with ReduceMin and ReduceMax of tensors as its outputs."""
-    proto = model.to_proto()
-    del proto.graph.output[:]
-    for name, rank in ranks.items():
-        axes = [i for i in range(rank) if i != 1]
-        for op, suffix in (("ReduceMin", "min"), ("ReduceMax", "max")):
-            result = f"{name}/{suffix}"
-            node = onnx.helper.make_node(op, [name], [result], f"onnxq/{result}", keepdims=0)
-            if model.opset < 18:
-                node.attribute.append(onnx.helper.make_attribute("axes", axes))
-            else:
-                constant = f"{result}/axes"
-                tensor = onnx.numpy_helper.from_array(np.array(axes, np.int64), constant)
-                proto.graph.initializer.append(tensor)
-                node.input.append(constant)
-            proto.graph.node.append(node)
-            kind = onnx.TensorProto.FLOAT
-            proto.graph.output.append(onnx.helper.make_tensor_value_info(result, kind, None))
-    return proto
 
 
 class PassManager:

@@ -52,13 +52,88 @@ name = "clean"
 name = "fold-batch-norm"
 
 [[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
 name = "gate-equalization"
 
 [[pass]]
 name = "calibrate"
 
 [[pass]]
+name = "residual-input"
+
+[[pass]]
 name = "gptq"
+
+[[pass]]
+name = "insert-qdq"
+""",
+    "per-tensor": """\
+name = "per-tensor"
+description = "For targets with one scale per weight: channels are evened out first."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+standalone = "conv"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "cross-layer-equalization"
+balance = "both"
+
+[[pass]]
+name = "gate-equalization"
+
+[[pass]]
+name = "calibrate"
+weights = "int8/tensor"
+
+[[pass]]
+name = "residual-input"
+
+[[pass]]
+name = "gptq"
+
+[[pass]]
+name = "insert-qdq"
+""",
+    "data-free": """\
+name = "data-free"
+description = "Without samples: equalize, absorb, ranges from batch normalization, correct."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+standalone = "conv"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "cross-layer-equalization"
+balance = "both"
+
+[[pass]]
+name = "high-bias-absorption"
+
+[[pass]]
+name = "gate-equalization"
+
+[[pass]]
+name = "calibrate"
+ranges = "batch-norm"
+
+[[pass]]
+name = "bias-correction"
+method = "analytic"
 
 [[pass]]
 name = "insert-qdq"
@@ -117,11 +192,14 @@ def load(source: str | os.PathLike[str]) -> Recipe:
     if isinstance(source, str) and source in RECIPES:
         return loads(RECIPES[source], where=f"recipe {source}")
     path = Path(source)
-    if isinstance(source, str) and path.suffix != ".toml" and not path.exists():
-        hint = _hint(source, RECIPES, "recipes are") + ", or give a .toml file"
-        raise RecipeError(f"no recipe {source!r}", fix=hint)
     try:
         text = path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError as error:
+        if isinstance(source, str) and path.suffix != ".toml":
+            known = f"recipes are {', '.join(RECIPES)}, or give a .toml file"
+            hint = did_you_mean(source, RECIPES, known)
+            raise RecipeError(f"no recipe {source!r}", fix=hint) from error
+        raise RecipeError("no such file", where=path, fix="check the path") from error
     except OSError as error:
         raise RecipeError(f"cannot be read: {error.strerror}", where=path) from error
     except UnicodeDecodeError as error:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from onnx import external_data_helper, numpy_helper
 
-from onnxq.errors import UnsupportedError
+from onnxq.errors import ModelError, UnsupportedError
 
 __all__ = ["Extras", "dense", "normalize", "remember", "restore"]
 
@@ -20,6 +20,7 @@ _LOST = {
     for kind in ("SPARSE_TENSOR", "TYPE_PROTO", "TENSOR", "GRAPH")
     for plural in ("", "S")
 } - {onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH}
+_TYPES = frozenset(onnx.helper.get_all_tensor_dtypes())
 
 
 @dataclass
@@ -41,21 +42,53 @@ class Extras:
 
 
 def normalize(proto: onnx.ModelProto, path: Path | None) -> None:
-    """Write the standard domain as "", and refuse attributes that graphsurgeon would lose."""
+    """Write the standard domain as "", and refuse what graphsurgeon would lose or stumble over.
+
+    Raises:
+        ModelError: A tensor or an attribute of no known type.
+        UnsupportedError: An attribute that graphsurgeon cannot carry.
+    """
+    for tensor in external_data_helper._get_all_tensors(proto):
+        if tensor.data_type not in _TYPES:
+            raise _untyped(f"tensor {tensor.name}", path)
     for opset in proto.opset_import:
         opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
     for graph in _graphs(proto.graph):
+        for info in (*graph.input, *graph.output, *graph.value_info):
+            if info.type.tensor_type.elem_type not in (0, *_TYPES):
+                raise _untyped(f"tensor {info.name}", path)
         for node in graph.node:
             if node.domain == "ai.onnx":
                 node.domain = ""
             for attribute in node.attribute:
-                if attribute.type in _LOST:
-                    kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
+                place = f"attribute {attribute.name} of {node.op_type} {node.name}"
+                if attribute.type == onnx.AttributeProto.UNDEFINED:
+                    raise _untyped(place, path)
+                if (kind := _not_carried(attribute)) is not None:
                     raise UnsupportedError(
-                        f"attribute {attribute.name} of {node.op_type} {node.name} is a {kind}",
-                        where=path,
-                        fix="export the model without it",
+                        f"{place} is {kind}", where=path, fix="export the model without it"
                     )
+
+
+def _untyped(place: str, path: Path | None) -> ModelError:
+    return ModelError(f"{place} has no known type", where=path, fix="export the model again")
+
+
+def _not_carried(attribute: onnx.AttributeProto) -> str | None:
+    """What keeps graphsurgeon from writing an attribute that it has read; None if nothing does."""
+    kind = onnx.AttributeProto.AttributeType.Name(attribute.type)
+    if attribute.type in _LOST:
+        return f"a {kind}"
+    if attribute.ref_attr_name:
+        return None
+    if kind in ("FLOATS", "INTS", "STRINGS") and not getattr(attribute, kind.lower()):
+        return "an empty list"
+    try:
+        for text in (attribute.s, *attribute.strings):
+            text.decode()
+    except UnicodeDecodeError:
+        return "not text"
+    return None
 
 
 def remember(proto: onnx.ModelProto) -> Extras:

@@ -44,6 +44,12 @@ _DTYPES |= {
 }
 
 _FOLDER = "session.model_external_initializers_file_folder_path"
+# A place in onnxruntime's source: file and line, then the name or the whole signature of a function
+_SOURCE = re.compile(
+    r"(?:/\S*/)?\w+\.(?:cc|h):\d+ "
+    r"(?:[^()]*[\w>]\((?:[^()]|\([^()]*\))*\)(?:\([^()]*\))?"
+    r"(?: const)?(?: \[with [^\]]*\])? |\w+ )?"
+)
 _FATAL = 4  # onnxruntime prints what it raises, too; what it raises is enough
 
 
@@ -177,7 +183,11 @@ class Session:
                 )
         if unknown := [name for name in feed if name not in wanted]:
             return CalibrationError(f"the model has no input {unknown[0]!r}", fix=f"feed {says}")
-        return ModelError(f"the model failed: {_message(error)}", where=self._where)
+        return ModelError(
+            f"the model failed: {_message(error)}",
+            where=self._where,
+            fix="check the model, and that it takes samples of this size",
+        )
 
 
 def _spilled(model: onnx.ModelProto, folder: str) -> str:
@@ -225,7 +235,7 @@ def _message(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    return re.sub(r"/\S+\.(?:cc|h):\d+ [^:]*(?:::[^:]*)* ", "", text).strip()
+    return _SOURCE.sub("", text).strip().rstrip(".")
 
 
 def cores() -> int:

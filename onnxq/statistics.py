@@ -25,6 +25,7 @@ __all__ = [
     "Method",
     "Statistics",
     "TensorStatistics",
+    "check_method",
     "observe",
 ]
 
@@ -138,14 +139,9 @@ class TensorStatistics:
             RecipeError: The method or a number does not mean anything.
             CalibrationError: The method needs a histogram, and none was kept.
         """
-        if method not in get_args(Method):
-            known = ", ".join(get_args(Method))
-            near = difflib.get_close_matches(str(method), get_args(Method), n=1)
-            fix = f"did you mean {near[0]!r}? The methods are {known}" if near else f"take {known}"
-            raise RecipeError(f"no method {method!r} for ranges", fix=fix)
-        if bits < 2 or not 0 < percentile <= 100:
-            what = f"bits {bits}" if bits < 2 else f"percentile {percentile}"
-            raise RecipeError(f"{what} means nothing", fix="take 2 bits or more, up to 100 percent")
+        check_method(method, percentile)
+        if bits < 2:
+            raise RecipeError(f"bits {bits} means nothing", fix="take 2 bits or more")
         if method == "minmax":
             return min(self.minimum, 0.0), max(self.maximum, 0.0)
         if method == "moving-average":
@@ -270,9 +266,12 @@ class Statistics(Mapping[str, TensorStatistics]):
                 return cls._parse(np.load(raw, allow_pickle=False))
         except FileNotFoundError as error:
             raise CalibrationError("no such file", where=path, fix="check the path") from error
+        except OSError as error:
+            raise CalibrationError(f"cannot be read: {error.strerror}", where=path) from error
         except Exception as error:  # zipfile, zlib, json and numpy: all that a broken file raises
+            says = "it holds pickled objects or none" if "allow_pickle" in str(error) else error
             raise CalibrationError(
-                f"not a file of statistics: {error}", where=path, fix="collect the statistics again"
+                f"not a file of statistics: {says}", where=path, fix="collect the statistics again"
             ) from error
 
     @classmethod
@@ -297,6 +296,23 @@ _NUMBERS = {
 }
 
 _Counts = dict[str, tuple[np.ndarray, np.ndarray]]  # tensor -> bins and grid
+
+
+def check_method(method: str, percentile: float) -> None:
+    """Refuse what `TensorStatistics.range` could not do.
+
+    Raises:
+        RecipeError: The method or the percentile does not mean anything.
+    """
+    if method not in get_args(Method):
+        known = ", ".join(get_args(Method))
+        near = difflib.get_close_matches(str(method), get_args(Method), n=1)
+        fix = f"did you mean {near[0]!r}? The methods are {known}" if near else f"take {known}"
+        raise RecipeError(f"no method {method!r} for ranges", fix=fix)
+    if not 0 < percentile <= 100:
+        raise RecipeError(
+            f"percentile {percentile} means nothing", fix="take more than 0, up to 100 percent"
+        )
 
 
 def observe(

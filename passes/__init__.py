@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from onnxq.passes.clean import Clean
     from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
+    from onnxq.passes.fold_dead_channels import FoldDeadChannels
     from onnxq.passes.gate_equalization import GateEqualization
     from onnxq.passes.gptq import GPTQ
+    from onnxq.passes.high_bias_absorption import HighBiasAbsorption
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
     from onnxq.passes.residual_input import ResidualInput
@@ -28,7 +30,9 @@ __all__ = [
     "Clean",
     "CrossLayerEqualization",
     "FoldBatchNorm",
+    "FoldDeadChannels",
     "GateEqualization",
+    "HighBiasAbsorption",
     "InsertQDQ",
     "LoadEncodings",
     "ResidualInput",
@@ -38,7 +42,9 @@ __all__ = [
 PASSES = {
     "clean": "onnxq.passes.clean:Clean",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
+    "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
+    "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+import numpy as np
+
+from onnxq.analysis.distribution import patch_mean, propagate, shapes_of
+from onnxq.errors import RecipeError
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
 from onnxq.second_order import collect_means, correct_bias, input_session, rows_of, supports
@@ -16,10 +21,17 @@ __all__ = ["BiasCorrection"]
 class BiasCorrection:
     """Correct biases for the mean error of rounded weights.
 
-    Rounding W to Q(W) moves the mean of the output by (Q(W) - W) E[x], which a bias can undo
-    exactly, borders under zero padding included::
+    Rounding W to Q(W) moves the mean of the output by (Q(W) - W) E[x], which a bias can undo::
 
-        b' = b + (W - Q(W)) m,     m = mean patch of the layer's input over the samples
+        b' = b + (W - Q(W)) m
+
+        empirical   m = mean patch of the layer's input over the samples
+        analytic    m from batch normalization: behind BatchNorm and Relu, say, a clipped normal,
+                    E[x] = gamma N(-beta / gamma) + beta (1 - P(-beta / gamma))
+
+    N and P are density and distribution of the standard normal; `onnxq.analysis.distribution` has
+    the rest.  Both take the border under zero padding for what it is: the empirical mean exactly,
+    the analytic one as if the input were alike everywhere.
 
     Before and after::
 
@@ -27,17 +39,23 @@ class BiasCorrection:
 
     Refused: layers without a bias input (MatMul), weights without an encoding (they stay float),
     biases that are computed, ConvTranspose, Gemm that transposes its input or has its weight on
-    the left.
+    the left; by the analytic method layers of whose input nothing is known.
 
     Args:
+        method: "empirical", "analytic", or "auto": empirical where there are samples.
         limit: Use at most so many calibration samples, spread evenly; 0 uses all.
 
-    Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.2, the empirical form.
+    Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
     """
 
     name: ClassVar[str] = "bias-correction"
 
+    method: Literal["auto", "empirical", "analytic"] = "auto"
     limit: int = 32
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise RecipeError(f"limit: wanted 0 or more samples, got {self.limit}")
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Rewrite biases."""
@@ -45,6 +63,25 @@ class BiasCorrection:
         layers = [layer for layer in model.layers() if self._wanted(layer, changes)]
         if not layers:
             return changes
+        analytic = self.method == "analytic" or (self.method == "auto" and ctx.data is None)
+        if analytic:
+            means, estimates = self._expected(model, layers, changes)
+        else:
+            means, estimates = self._observed(model, layers, ctx, changes), 0
+        for layer in layers:
+            if layer.name in means:
+                encoding = model.encodings[layer.weight_tensor.name]
+                rounded = rows_of(layer, encoding.fake_quantize(layer.weight))
+                correct_bias(layer, rounded, means[layer.name])
+        if means:
+            how = f", {estimates} of them by estimated means" if estimates else ""
+            changes.add(f"{len(means)} biases corrected{how}")
+        return changes
+
+    def _observed(
+        self, model: Model, layers: Sequence[Layer], ctx: Context, changes: Changes
+    ) -> dict[str, np.ndarray]:
+        """The mean patch of each layer over the samples."""
         session = input_session(model, layers, ctx.threads)
         samples = ctx.spread(session, self.limit)
         with ctx.progress.task("correct biases", samples.length) as advance:
@@ -52,13 +89,28 @@ class BiasCorrection:
         for layer in layers:
             if layer.name not in means:
                 changes.skip(layer.name, "no sample reached it")
+        return means
+
+    def _expected(
+        self, model: Model, layers: Sequence[Layer], changes: Changes
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """The mean patch of each layer from batch normalization; how many are estimates."""
+        known, unknown = propagate(model)
+        shapes = shapes_of(model)
+        means: dict[str, np.ndarray] = {}
+        estimates = 0
+        for layer in layers:
+            x = known.get(layer.x.name)
+            if x is None:
+                changes.skip(layer.name, f"its input is not known: {unknown[layer.x.name]}")
                 continue
-            encoding = model.encodings[layer.weight_tensor.name]
-            rounded = rows_of(layer, encoding.fake_quantize(layer.weight))
-            correct_bias(layer, rounded, means[layer.name])
-        if means:
-            changes.add(f"{len(means)} biases corrected")
-        return changes
+            mean = patch_mean(layer, x, shapes)
+            if isinstance(mean, str):
+                changes.skip(layer.name, mean)
+                continue
+            means[layer.name] = mean
+            estimates += x.estimated
+        return means, estimates
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
         if layer.weight_encoding is None:

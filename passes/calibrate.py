@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.analysis.distribution import Distribution, propagate, statistics_of
 from onnxq.encoding import Encoding, Format
-from onnxq.errors import ModelError
+from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
-from onnxq.statistics import Method, TensorStatistics
+from onnxq.statistics import Method, TensorStatistics, check_method
 
 __all__ = ["Calibrate"]
 
@@ -30,8 +31,15 @@ CHANNEL_SAMPLES = 64
 MANY_VALUES = 100
 # The range given to a weight of zeros: small, so that the scale of its bias is fine.
 ZERO_WEIGHT = 1e-3
+_FLOATS = (np.float16, np.float32, np.float64)
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
+# How many standard deviations a channel spans where batch normalization tells its range.
+SIGMAS = 6.0
+# A made-up sample is never a clear case of anything: outputs of real ones reach farther, about so.
+UNSEEN_OUTPUTS = 3.0
+# So many tensors are named where nothing is known of them.
+NAMED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,11 @@ class Calibrate:
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
 
+    Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
+    normalization lets expect: behind it a channel is N(beta, gamma^2), and
+    `onnxq.analysis.distribution` follows it through the graph.  What is not known so, as the
+    model's inputs never are, still needs samples.
+
     Refused, and left in float: what the target has no integer kernel for, weights and biases that
     are computed, what `exclude` names.
 
@@ -64,8 +77,11 @@ class Calibrate:
             (least expected squared error, as AIMET's tf-enhanced).
         percentile: Share of values inside the range, in percent, for method percentile.
         exclude: Globs on node names and operator types that stay in float.
+        ranges: Where ranges come from, given samples: "samples", or "batch-norm" wherever that
+            tells them.
 
-    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy).
+    Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy); Nagel et al. 2019
+    (arXiv 1906.04721), section 5 (ranges from batch normalization).
     """
 
     name: ClassVar[str] = "calibrate"
@@ -75,10 +91,12 @@ class Calibrate:
     method: Method = "mse"
     percentile: float = 99.999
     exclude: tuple[str, ...] = ()
+    ranges: Literal["samples", "batch-norm"] = "samples"
 
     def __post_init__(self) -> None:
         Format.parse(self.weights)
         Format.parse(self.activations)
+        check_method(self.method, self.percentile)
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Fill `model.encodings`."""
@@ -97,6 +115,10 @@ class Calibrate:
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
+        if measured.known:
+            estimates = sum(d.estimated for d in measured.known.values())
+            how = f", {estimates} of them estimates" if estimates else ""
+            changes.add(f"{len(measured.known)} ranges from batch normalization{how}")
         changes.add(f"{weights} weights: {self.weights}")
         return changes
 
@@ -107,15 +129,18 @@ class Calibrate:
         dtype = Format.parse(self.activations).dtype
         if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
             return {}
-        bounds = measured.placement.bounds
+        exits, bounds = measured.placement.exits, measured.placement.bounds
         channels = {layer.name: layer.output_channels for layer in model.layers()}
-        names = [
-            name
-            for name, conv in measured.placement.exits.items()
-            if bounds.get(name, (0.0, np.inf)) == (0.0, np.inf)
-            and _many_values(measured.statistics[name], channels[conv])
-        ]
+        names = [n for n in exits if bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)]
         found = {}
+        for name in [n for n in names if n in measured.known]:
+            low, high = measured.known[name].extremes(SIGMAS)
+            found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
+        names = [
+            n
+            for n in names
+            if n not in found and _many_values(measured.statistics[n], channels[exits[n]])
+        ]
         for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
             low, high = _with_margin(low, high)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
@@ -130,7 +155,7 @@ class Calibrate:
             layer = Layer.of(model, node)
             if layer is not None:
                 end = ends.of(layer.y, placement.nodes[node.name])
-                self._encode_weight(model, layer, model.encodings.get(end.name))
+                self._encode_weight(model, layer, end)
                 count += 1
                 continue
             for index, tensor in enumerate(data_inputs(node, placement.nodes[node.name])):
@@ -147,8 +172,8 @@ class Calibrate:
             tensor = node.inputs[index] = model.constant(f"{tensor.name}.{node.name}", values)
         model.encodings[tensor.name] = encoding
 
-    def _encode_weight(self, model: Model, layer: Layer, leaving: Encoding | None) -> None:
-        """Of the weight of a layer, given the encoding of the layer's result."""
+    def _encode_weight(self, model: Model, layer: Layer, end: gs.Tensor) -> None:
+        """Of the weight of a layer, given the tensor that has the encoding of its result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
         encoding = self._weight_encoding(layer, values)
@@ -160,8 +185,11 @@ class Calibrate:
         x = model.encodings.get(layer.x.name)
         if x is not None and layer.op in ("Conv", "Gemm"):
             bias = np.zeros(1) if layer.bias is None else finite(model, layer.bias_tensor)
+            leaving, last = model.encodings.get(end.name), producer(end)
             if leaving is not None and leaving.axis is not None:
                 bias = bias + leaving.scale * leaving.zero_point
+            elif leaving is not None and last is not None and last.op == "Min":
+                bias = np.abs(bias) + leaving.high  # as far as a bound per channel may shift it
             encoding = guard_bias(encoding, bias, float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
@@ -220,7 +248,8 @@ class _Activations:
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
-        measured = ctx.statistics(model, observed, histogram=histogram)
+        self.known: dict[str, Distribution] = {}
+        measured = self._statistics(model, ctx, observed, histogram)
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
         self.readers = self._count_readers(model)
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}
@@ -228,6 +257,12 @@ class _Activations:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
+        tensors = model.tensors()
+        self.outputs = {
+            root
+            for name, root in self.source.items()
+            if ctx.synthetic and model.is_output(tensors[name])
+        }
 
     def _count_readers(self, model: Model) -> dict[str, int]:
         """How many read a tensor, or what is only moved from it; the model's outputs count."""
@@ -239,6 +274,25 @@ class _Activations:
                 kernel = nodes.get(node.name)
                 readers[root] += kernel is None or kernel.role != "move"
         return readers
+
+    def _statistics(
+        self, model: Model, ctx: Context, names: Sequence[str], histogram: bool
+    ) -> Mapping[str, TensorStatistics]:
+        """From the samples, or as far as possible from batch normalization."""
+        if self.step.ranges == "samples" and ctx.has_statistics(names):
+            return ctx.statistics(model, names, histogram=histogram)
+        known, unknown = propagate(model)
+        lacking = [n for n in names if n not in known]
+        if lacking and not ctx.has_statistics(lacking):
+            says = "; ".join(f"{n}: {unknown[n]}" for n in lacking[:NAMED])
+            more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
+            raise CalibrationError(
+                f"this needs calibration samples: nothing is known of {says}{more}",
+                fix="give data (--calib PATH), real or synthetic, or exclude the nodes",
+            )
+        measured = ctx.statistics(model, lacking, histogram=histogram) if lacking else {}
+        self.known = {n: known[n] for n in names if n in known}
+        return {**{n: statistics_of(d, SIGMAS) for n, d in self.known.items()}, **measured}
 
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
@@ -258,6 +312,12 @@ class _Activations:
         return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
 
     def _range(self, name: str) -> tuple[float, float]:
+        low, high = self._seen_range(name)
+        if name in self.outputs and (name not in self.known or self.known[name].estimated):
+            return low * UNSEEN_OUTPUTS, high * UNSEEN_OUTPUTS
+        return low, high
+
+    def _seen_range(self, name: str) -> tuple[float, float]:
         known = self.statistics[name]
         if name in self.inputs:
             return self.inputs[name]
@@ -359,12 +419,17 @@ def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding
 
 
 def _check_constants(model: Model, placement: Placement) -> None:
-    """Name a weight or bias that is NaN or infinite before it shows in every activation."""
+    """Name a constant that is NaN before it shows in every activation.
+
+    What runs in integers may not be infinite either; elsewhere, a mask of -inf means something.
+    """
     for node in model.graph.nodes:
-        if node.name in placement.nodes:
-            for tensor in node.inputs:
-                if isinstance(tensor, gs.Constant) and tensor.dtype == np.float32:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and tensor.dtype in _FLOATS:
+                if node.name in placement.nodes:
                     finite(model, tensor)
+                elif bad := int(np.isnan(values := model.array(tensor)).sum()):
+                    raise _unhealthy(f"{bad} of {values.size} values are NaN", tensor)
 
 
 def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
@@ -376,12 +441,16 @@ def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
     values = model.array(tensor)
     if not np.isfinite(values).all():
         bad = int(values.size - np.isfinite(values).sum())
-        raise ModelError(
-            f"{bad} of {values.size} values are NaN or infinite",
-            where=f"weight {tensor.name}",
-            fix="export the model again from a healthy checkpoint",
-        )
+        raise _unhealthy(f"{bad} of {values.size} values are NaN or infinite", tensor)
     return values
+
+
+def _unhealthy(what: str, tensor: gs.Tensor) -> ModelError:
+    return ModelError(
+        what,
+        where=f"weight {tensor.name}",
+        fix="export the model again from a healthy checkpoint",
+    )
 
 
 def _merged(known: Mapping[str, TensorStatistics], names: list[str]) -> TensorStatistics:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.encoding import Encoding
+from onnxq.errors import RecipeError
 from onnxq.kernels import rounding
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
@@ -57,6 +58,12 @@ class GPTQ:
 
     samples: int = 32
     patches: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.samples < 0 or self.patches < 1:
+            raise RecipeError(
+                f"samples {self.samples}, patches {self.patches}: wanted at least 0 and 1"
+            )
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Rewrite weights and biases."""

@@ -101,8 +101,8 @@ def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Chan
         f"{minimum.name}.shift", (-steps * scale).astype(np.float32).reshape(-1, *[1] * (rank - 2))
     )
     zero = np.array(encoding.qmax, np.int32)
-    model.encodings[back.name] = Encoding(encoding.dtype, encoding.scale, zero)
-    model.encodings[layer.y.name] = encoding
+    model.encodings.derive(back.name, Encoding(encoding.dtype, encoding.scale, zero))
+    model.encodings.derive(layer.y.name, encoding)
     model.insert([gs.Node("Add", f"{minimum.name}.add", {}, [layer.y, back], [result])])
     changes.add(f"{minimum.name}: bounds of {int((steps > 0).sum())} channels by saturation")
     return True

@@ -7,11 +7,12 @@ from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
-from onnxq import encodings_json
-from onnxq.encoding import Encodings
+from onnxq import encodings_json, ops
+from onnxq.encoding import Encoding, Encodings
 from onnxq.errors import RecipeError, did_you_mean
-from onnxq.model import Model
+from onnxq.model import Model, producer
 from onnxq.pass_manager import Changes, Context
+from onnxq.targets import Target
 
 __all__ = ["LoadEncodings"]
 
@@ -24,7 +25,8 @@ class LoadEncodings:
 
         encodings: anything          encodings: those of the file
 
-    Refused: a file that names tensors or nodes which the model does not have.
+    Refused: a file that names tensors or nodes which the model does not have, types that the target
+    has no kernels for, and scales per channel that do not fit the tensor.
 
     Args:
         path: An encodings file, as `onnxq quantize --save-encodings` writes it.
@@ -52,9 +54,41 @@ class LoadEncodings:
                     where=self.path,
                     fix=did_you_mean(name, names, "use the encodings of this model"),
                 )
+        tensors = model.tensors()
+        for name, encoding in encodings.items():
+            if (why := _misfit(tensors[name], encoding, ctx.target)) is not None:
+                raise RecipeError(
+                    f"{name}: {why}", where=self.path, fix="use the encodings of this model"
+                )
         model.encodings = encodings
         changes.add(f"{len(encodings)} encodings from {self.path}")
         return changes
+
+
+def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None:
+    """What keeps a tensor from being written so; None if nothing does."""
+    types = set(target.activations)
+    if isinstance(tensor, gs.Constant):
+        types |= {weight for _, weight in target.pairs}
+    if encoding.dtype not in types:
+        return f"{target.name} has no integer kernels for {encoding.dtype}"
+    axis, shape = encoding.axis, tensor.shape
+    if axis is None:
+        return None
+    if not isinstance(tensor, gs.Constant):
+        before = producer(tensor)
+        if before is not None and before.op in ops.ACTIVATIONS:
+            before = producer(before.inputs[0])
+        if before is None or before.op != "Conv":
+            return "only the result of a Conv can have scales per channel"
+    if shape is None:
+        return None
+    if not -len(shape) <= axis < len(shape):
+        return f"it has no axis {axis}"
+    size = shape[axis]
+    if isinstance(size, int) and size != encoding.scale.size:
+        return f"{encoding.scale.size} scales for {size} channels along axis {axis}"
+    return None
 
 
 def _copy_shared(model: Model, encodings: Encodings) -> None:

@@ -109,8 +109,7 @@ class ResidualInput:
         layer.set_weight(np.concatenate([weight, weight / np.float32(self.magnify)], axis=1))
         model.encodings[layer.weight_tensor.name] = known
         layer.node.inputs[0] = both
-        del model.encodings[name]
-        model.encodings[both.name] = encoding
+        model.encodings.derive(both.name, encoding)
         model.insert(
             [
                 gs.Node(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import onnx.parser
 import pytest
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+
+from onnxq.model import load
 
 ZOO = (
     *("cifar_resnet20", "cifar_resnet56", "cifar_vit", "espcn_x3", "espnet_camvid", "m5_speech"),
@@ -90,6 +94,15 @@ def zoo(name: str) -> Path:
     return Path(folder) / "models" / f"{name}.onnx"
 
 
+def zoo_samples(name: str, folder: Path, limit: int) -> Path:
+    """Calibration samples of a zoo model, written into a folder by the zoo's own script."""
+    source = zoo(name)
+    script = source.parent.parent / "calib.py"
+    command = [sys.executable, str(script), str(source), str(folder), "--limit", str(limit)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
 # ---------------------------------------------------------------------- random chains
 
 
@@ -150,6 +163,22 @@ def chains(draw: st.DrawFn, *, most: int = 7) -> onnx.ModelProto:
     for step in draw(st.lists(st.sampled_from(steps), min_size=1, max_size=most)):
         step(draw, chain)
     return chain.build()
+
+
+@st.composite
+def chains_with_dead_channels(draw: st.DrawFn) -> onnx.ModelProto:
+    """Random chains of which some layers have channels of weights about zero on either side.
+
+    What such weights put out is nothing even beside an output that is small by chance.
+    """
+    model = load(draw(chains()))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    for layer in model.layers():
+        rows = rng.choice([0.0, 1e-20, 1.0], layer.output_channels, p=[0.2, 0.2, 0.6])
+        columns = rng.choice([0.0, 1.0], layer.input_channels, p=[0.2, 0.8])
+        weight = layer.weight * layer.along_outputs(rows) * layer.along_inputs(columns)
+        layer.set_weight(weight.astype(np.float32))
+    return model.to_proto()
 
 
 def _conv(draw: st.DrawFn, chain: ChainBuilder) -> None:

@@ -38,6 +38,7 @@ class OutputError:
             lie along the last axis of [N, C] and [N, T, C], and along axis 1 of [N, C, H, W] and
             beyond; None for fewer axes or a single class.
         equal: Share of equal values.
+        left_out: Values that are NaN or infinite in both, and left out of the other measures.
     """
 
     name: str
@@ -47,6 +48,7 @@ class OutputError:
     max_abs_error: float | None = None
     top1_agreement: float | None = None
     equal: float | None = None
+    left_out: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -61,7 +63,8 @@ def compare(
 ) -> list[OutputError]:
     """Run two models on the same samples and compare their outputs, matched by name.
 
-    Sums are float64.  Infinities and NaN that both models give in the same places are left out.
+    Sums are float64.  Infinities and NaN that both models give in the same places are left out,
+    and counted.
 
     Args:
         reference: The model that is right.
@@ -118,6 +121,7 @@ class _Sums:
     positions: int = 0
     equal: int = 0
     values: int = 0
+    left_out: int = 0
     floats: bool = False
 
     def add(self, ref: np.ndarray, out: np.ndarray, sample: int) -> None:
@@ -142,6 +146,7 @@ class _Sums:
                     where=f"sample {sample}",
                 )
             x, y = x[finite], y[finite]
+            self.left_out += int(odd.sum())
         error = x - y
         self.signal += float(x @ x)
         self.power += float(y @ y)
@@ -161,9 +166,12 @@ class _Sums:
             return OutputError(self.name, samples)
         if not self.floats:
             return OutputError(self.name, samples, equal=self.equal / self.values)
+        if self.left_out == self.values:
+            return OutputError(self.name, samples, left_out=self.left_out)
         return OutputError(
             self.name,
             samples,
+            left_out=self.left_out,
             sqnr_db=_decibel(self.signal, self.noise),
             cosine=self._cosine(),
             max_abs_error=self.max_abs_error,

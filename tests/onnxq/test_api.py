@@ -70,11 +70,20 @@ def test_the_same_seed_gives_the_same_bytes(source, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_samples_may_be_read_only_once(source):
-    with pytest.raises(CalibrationError):
-        onnxq.quantize(source, calib=iter(data()))
-    _, report = onnxq.quantize(source, calib=lambda: iter(data()))
-    assert report.facts["outputs"][0]["samples"] == 4
+def test_samples_may_be_read_only_once(source, tmp_path):
+    class Reader:
+        left = iter(data())
+
+        def get_next(self):
+            return next(self.left, None)
+
+    facts = []
+    for name, calib in enumerate((data(), iter(data()), Reader(), lambda: iter(data()))):
+        _, report = onnxq.quantize(source, tmp_path / str(name), calib, threads=1)
+        facts.append(report.facts["outputs"])
+    assert facts[0][0]["samples"] == 4
+    assert facts == facts[:1] * 4
+    assert len({(tmp_path / str(name)).read_bytes() for name in range(4)}) == 1
 
 
 def test_the_limit(source):

@@ -247,9 +247,11 @@ def test_pictures_fill_a_fixed_batch(tmp_path):
         picture(tmp_path / f"{i}.png", (i, i, i))
     data = Calibration(tmp_path, preprocess="raw").bind([spec("x", 3, 3, 4, 4)])
     assert (data.length, data.dropped) == (2, 1)
+    assert data.note == "1 of 7 samples dropped: the model takes batches of 3"
     got = [feed["x"][:, 0, 0, 0].tolist() for feed in data]
     assert got == [[0, 1, 2], [3, 4, 5]]
     data = Calibration(tmp_path, preprocess="raw", limit=1).bind([spec("x", 3, 3, 4, 4)])
+    assert (data.length, data.dropped, data.note) == (1, 0, None)
     assert [feed["x"][:, 0, 0, 0].tolist() for feed in data] == [[0, 2, 4]]
     few = spec("x", 8, 3, 4, 4)
     refused(
@@ -360,7 +362,13 @@ def test_rows_fill_a_fixed_batch(stacked):
     data = rows(7, 3, 4)
     samples = Calibration(stacked(data)).bind([spec("x", 3, 3, 4)])
     assert (len(samples), samples.dropped) == (2, 1)
+    assert samples.note == "1 of 7 samples dropped: the model takes batches of 3"
     same(list(samples), [{"x": data[:3]}, {"x": data[3:6]}])
+    for limit, dropped in ((1, 0), (2, 0), (3, 1)):  # what the limit leaves out is not dropped
+        limited = Calibration(stacked(data), limit=limit).bind([spec("x", 3, 3, 4)])
+        assert limited.dropped == dropped
+        assert (limited.note is None) == (dropped == 0)
+    assert Calibration(stacked(data)).bind([X]).note is None
     refused(
         stacked(data), spec("x", 8, 3, 4), match="wanted x: float32 [8 x 3 x 4], got only 7 rows"
     )
@@ -438,7 +446,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path, name):
 def test_a_list_can_be_read_again():
     data = [{"x": r[None]} for r in rows(4, 3, 4)]
     samples = Calibration(data).bind([X])
-    assert (samples.length, samples.repeatable) == (4, True)
+    assert samples.length == 4
     same(list(samples), data)
     same(list(samples), data)
     same(feeds(data, limit=2), data[:2])
@@ -455,23 +463,33 @@ def test_array_likes_are_taken():
     assert feed["x"].dtype == np.float32
 
 
-def test_a_generator_can_be_read_once():
-    data = Calibration(({"x": r[None]} for r in rows(3, 3, 4)), limit=2)
+def test_a_generator_can_be_read_again():
+    source = ({"x": r[None]} for r in rows(3, 3, 4))
+    wanted = [{"x": r[None]} for r in rows(2, 3, 4)]
+    data = Calibration(source, limit=2)
     samples = data.bind([X])
-    assert (samples.length, samples.repeatable) == (None, False)
+    assert samples.length is None
     with pytest.raises(TypeError, match="not known"):
         len(samples)
-    assert len(list(samples)) == 2
-    for again in (samples, data.bind([X])):
-        with pytest.raises(
-            CalibrationError, match=r"only once.*\(generator\); give a list, or a fun"
-        ):
-            next(iter(again))
+    for again in (samples, samples, data.bind([X])):
+        same(list(again), wanted)
+    assert data.bind([X]).length == 2
+    same([next(source)], [{"x": rows(1, 3, 4, start=24)}])  # the limit was kept
+
+
+def test_the_length_of_what_was_read_is_known():
+    data = Calibration({"x": r[None]} for r in rows(5, 3, 4))
+    assert data.bind([X]).length is None
+    next(iter(data.bind([X])))
+    assert [data.limited(n).bind([X]).length for n in (1, 2)] == [1, None]
+    list(data.bind([X]))
+    assert [data.limited(n).bind([X]).length for n in (1, 5, 9)] == [1, 5, 5]
+    assert data.bind([X]).length == 5
 
 
 def test_a_function_gives_a_fresh_iterable():
     samples = Calibration(lambda: ({"x": r[None]} for r in rows(3, 3, 4))).bind([X])
-    assert (samples.length, samples.repeatable) == (None, True)
+    assert samples.length is None
     assert [len(list(samples)) for _ in range(2)] == [3, 3]
     refused(lambda: 3, match="the function returned int, wanted an iterable of dicts")
 
@@ -504,15 +522,14 @@ class Rewinding(Reader):
 def test_a_reader_of_onnxruntime():
     same(feeds(Reader()), [{"x": x} for x in rows(3, 1, 3, 4)])
     samples = Calibration(Reader()).bind([X])
-    assert (samples.length, samples.repeatable) == (None, False)
+    assert samples.length is None
     next(iter(samples))
-    with pytest.raises(CalibrationError, match=r"read only once, and are needed again \(Reader\)"):
-        list(samples)
+    for _ in range(2):
+        same(list(samples), [{"x": x} for x in rows(3, 1, 3, 4)])
 
 
 def test_a_reader_that_rewinds_can_be_read_again():
     samples = Calibration(Rewinding()).bind([X])
-    assert samples.repeatable
     next(iter(samples))
     assert [len(list(samples)) for _ in range(2)] == [3, 3]
 
@@ -522,12 +539,21 @@ def test_fewer_samples_of_the_same():
     assert [len(list(data.limited(n).bind([X]))) for n in (2, 4)] == [2, 3]
     assert len(list(data.bind([X]))) == 3
     data = Calibration({"x": r[None]} for r in rows(5, 3, 4))
-    assert len(list(data.limited(2).bind([X]))) == 2
-    with pytest.raises(CalibrationError, match="only once"):  # the first two are gone
-        list(data.bind([X]))
+    assert [len(list(data.limited(n).bind([X]))) for n in (2, 4, 1)] == [2, 4, 1]
+    same(list(data.bind([X])), [{"x": r[None]} for r in rows(5, 3, 4)])
     data = Calibration(Rewinding())
     assert [len(list(data.limited(n).bind([X]))) for n in (2, 1)] == [2, 1]
     assert len(list(data.bind([X]))) == 3
+
+
+def test_a_source_that_hides_that_it_can_be_read_once():
+    source = ({"x": r[None]} for r in rows(3, 3, 4))
+    samples = Calibration(lambda: source).bind([X])
+    assert len(list(samples)) == 3
+    with pytest.raises(
+        CalibrationError, match=r"only once.* \(function\); give the iterator itself"
+    ):
+        list(samples)
 
 
 def test_faults_of_the_users_own_code_are_not_hidden():

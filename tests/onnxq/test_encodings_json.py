@@ -68,8 +68,10 @@ def test_file(tmp_path):
 
 
 def test_unreadable(tmp_path):
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match="no such file"):
         encodings_json.load(tmp_path / "missing.json")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        encodings_json.load(tmp_path)
     with pytest.raises(OnnxqError, match="cannot be written"):
         encodings_json.save(Encodings(), tmp_path / "no" / "folder.json")
     (tmp_path / "latin.json").write_bytes(b'{"version": "\xff"}')

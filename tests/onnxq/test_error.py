@@ -129,6 +129,9 @@ def test_shared_infinities_are_left_out():
     inf, nan = np.inf, np.nan
     error = both([[-inf, nan, 3.0, 4.0]], [[-inf, nan, 3.0, 3.5]])
     assert error.sqnr_db == pytest.approx(20)
+    assert error.left_out == 4 / 2
+    nothing = both([[nan, inf]], [[nan, inf]])
+    assert nothing == OutputError("y", 1, left_out=2)  # not "equal": there is nothing to compare
     for wanted, got in (([[1.0]], [[nan]]), ([[inf]], [[1.0]]), ([[inf]], [[-inf]])):
         with pytest.raises(ModelError, match=r"output y: NaN or infinite in one .*\(sample 1\)"):
             both(wanted, got)
@@ -156,6 +159,7 @@ def test_plain_types():
         "max_abs_error",
         "top1_agreement",
         "equal",
+        "left_out",
     }
     assert plain["samples"] == 1
 

@@ -79,13 +79,13 @@ def test_the_recipe_of_the_help_is_one():
     ]
 
 
-@pytest.mark.parametrize("flag", ["--json", "--save-encodings", "--statistics"])
+@pytest.mark.parametrize("flag", ["--json", "--report", "--save-encodings", "--statistics"])
 @pytest.mark.parametrize("place", ["missing/file", "."])
 def test_files_that_cannot_be_written_are_refused_at_once(flag, place, tmp_path):
     out = tmp_path / "out.onnx"
     result = onnxq("quantize", MODEL, out, "--calib", CALIB, flag, tmp_path / place)
     assert result.exit_code == 1
-    wanted = "no such folder" if "missing" in place else "is not a file"
+    wanted = "no such folder" if "missing" in place else "is a folder"
     assert result.stderr.startswith(f"error: {wanted}")
     assert len(result.stderr.splitlines()) == 1
     assert not out.exists()

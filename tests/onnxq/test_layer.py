@@ -312,3 +312,48 @@ def test_windows_of_one_need_no_padding():
         '{ y = Conv<auto_pad="SAME_UPPER">(x, w) }'
     )
     assert not load(models.parse(text)).layers()[0].is_padded
+
+
+ADDENDS = {  # what follows m = MatMul(x, w) of shape [N, 5, 4] -> whether it is its bias
+    "a = Add(m, b) y = Relu(a)": 1,
+    "a = Add(row, m) y = Relu(a)": 0,
+    "a = Add(m, one) y = Relu(a)": None,  # not per channel
+    "a = Add(m, positions) y = Relu(a)": None,
+    "a = Add(m, m) y = Relu(a)": None,
+    "a = Sub(m, b) y = Relu(a)": None,
+    "a = Add(m, b) y = Mul(a, m)": None,  # another reads it, too
+    "s = Sigmoid(m) y = Add(m, s)": None,
+    "y = Identity(m)": None,
+}
+
+
+@pytest.mark.parametrize("body", ADDENDS)
+def test_the_add_that_is_the_bias_of_a_matmul(body):
+    proto = models.parse(
+        "g (float[N,5,3] x) => (float[] y) <float[3,4] w, float[4] b, float[1,1,4] row,"
+        f" float[1] one, float[5,1] positions> {{ m = MatMul(x, w) {body} }}"
+    )
+    [layer] = load(proto).layers()
+    addend = layer.addend
+    assert (None if addend is None else addend[1]) == ADDENDS[body]
+    assert addend is None or addend[0].op == "Add"
+
+
+def test_a_matmul_has_no_bias_where_its_result_is_an_output():
+    proto = models.parse(
+        "g (float[N,3] x) => (float[] y, float[] m) <float[3,4] w, float[4] b>"
+        "{ m = MatMul(x, w) y = Add(m, b) }"
+    )
+    assert load(proto).layers()[0].addend is None
+
+
+def test_an_add_in_a_subgraph_is_left_alone():
+    proto = models.parse(
+        "g (float[N,3] x) => (float[] y) <float[3,4] w, float[4] b, bool t = {1}>"
+        "{ m = MatMul(x, w) y = If(t) <"
+        "then_branch = one () => (float[] p) { p = Add(m, b) },"
+        " else_branch = two () => (float[] q) { q = Identity(b) }> }"
+    )
+    [layer] = load(proto).layers()
+    assert [n.op for n in layer.y.outputs] == ["Add"]
+    assert layer.addend is None

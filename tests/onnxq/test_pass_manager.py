@@ -234,3 +234,30 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
 def test_an_unknown_target():
     with pytest.raises(TargetError, match="did you mean ort-cpu"):
         Context(target="ort-cp")
+
+
+@pytest.mark.parametrize("opset", [11, 17, 18])
+def test_channel_moments_are_those_of_all_values(opset):
+    proto = parse("g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Relu(x) }", opset=opset)
+    rng = np.random.default_rng(0)
+    level = np.array([1000.0, 5.0, -3.0], np.float32)[:, None, None]
+    feeds = [
+        {"x": (rng.normal(size=(2, 3, 5, w)) * 0.1 + level + w).astype(np.float32)}
+        for w in (3, 4, 9)
+    ]
+    model = load(proto)
+    model.infer()
+    found = Context(feeds).channel_moments(model, ["x", "y", "nothing"])
+    assert found.keys() == {"x", "y"}
+    x = np.concatenate([f["x"].transpose(1, 0, 2, 3).reshape(3, -1) for f in feeds], axis=1)
+    for name, values in (("x", x), ("y", np.maximum(x, 0))):
+        mean, std = found[name]
+        np.testing.assert_allclose(mean, values.mean(axis=1, dtype=np.float64), rtol=1e-6)
+        np.testing.assert_allclose(std, values.std(axis=1, dtype=np.float64), rtol=1e-4)
+
+
+def test_channel_moments_need_samples_only_for_something():
+    model = load(parse(TEXT))
+    assert Context().channel_moments(model, []) == {}
+    with pytest.raises(CalibrationError, match="calibration samples"):
+        Context().channel_moments(model, ["x"])

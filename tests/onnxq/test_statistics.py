@@ -417,7 +417,7 @@ def test_files_that_are_something_else(tmp_path, laplace):
         ({"offset": arrays["offset"] + 1}, "do not add up"),
         ({"maximum": arrays["maximum"] * np.inf}, "do not add up"),
         ({"minimum": arrays["minimum"] * np.nan}, "do not add up"),
-        ({"bins0": np.array([print])}, "allow_pickle"),
+        ({"bins0": np.array([print])}, "it holds pickled objects"),
         ({"count": np.array([])}, "not a file of statistics"),
     ):
         write(file, **({"about": about} | arrays | change))

@@ -5,11 +5,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from onnxq.analysis.distribution import propagate
 from onnxq.encoding import SMALLEST_SCALE, Encoding, limits
 from onnxq.errors import CalibrationError, ModelError, RecipeError, TargetError
 from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
-from onnxq.passes import Calibrate, Clean, InsertQDQ
+from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
 from onnxq.passes.calibrate import BIAS_LIMIT, ZERO_WEIGHT, guard_bias
 from tests import models
 from tests.checks import reasons, run
@@ -203,6 +204,105 @@ def test_an_activation_that_is_not_finite_is_named():
 def test_without_samples():
     with pytest.raises(CalibrationError, match="calibration samples"):
         Calibrate().apply(load(parse(CHAIN)), Context())
+
+
+# a normalization of exactly normal channels, between layers; the input's layer stays in float
+NORMAL = (
+    "g (float[N,4,9,9] x) => (float[] y) <float[4,4,1,1] w, float[4] gamma, float[4] beta,"
+    "float[4] mean, float[4] var, float[6,4,3,3] v, float[6] d, float[5,6,3,3] u>"
+    "{ k = Conv(x, w) n = BatchNormalization<epsilon=0.0>(k, gamma, beta, mean, var) r = Relu(n)"
+    " c = Conv(r, v, d) q = Relu(c) y = Conv(q, u) }"
+)
+
+
+def normal_model():
+    proto = parse(
+        NORMAL,
+        w=np.eye(4)[:, :, None, None],
+        gamma=[1, 0.5, -2, 0.1],
+        beta=[0.3, 1, -1, 2],
+        mean=0,
+        var=1,
+    )
+    model = load(proto)
+    FoldBatchNorm().apply(model, Context())
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.normal(size=(64, 4, 9, 9)).astype(np.float32)} for _ in range(8)]
+    return model, data
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ranges_without_samples_are_those_of_normal_samples(method):
+    model, data = normal_model()
+    found = []
+    for ctx in (Context(), Context(data)):
+        other = model.clone()
+        step = Calibrate(exclude=(other.layers()[0].name,), method=method, percentile=99.9)
+        changes = step.apply(other, ctx)
+        found.append(other.encodings)
+        said = any("ranges from batch normalization" in what for what in changes.done)
+        assert said is (ctx.data is None)
+    assert {*found[0]} == {*found[1]}
+    # six sigmas are wider than samples, which do not count for the other methods
+    widest = {"minmax": 1.6, "moving-average": 2.0}.get(method, 1.35)
+    for name in ("r", "q"):
+        assert found[0][name].low == found[1][name].low == 0
+        assert 0.8 < found[0][name].high / found[1][name].high < widest
+
+
+def test_minmax_of_batch_norms_is_six_sigmas():
+    model, _ = normal_model()
+    Calibrate(exclude=(model.layers()[0].name,), method="minmax").apply(model, Context())
+    assert model.encodings["r"].high == pytest.approx(-1 + 6 * 2, rel=1e-5)
+
+
+def test_results_that_leave_the_integers_have_ranges_per_channel_without_samples():
+    model, _ = normal_model()
+    first, _, last = (layer.name for layer in model.layers())
+    Calibrate(exclude=(first,), method="minmax").apply(model, Context())
+    encoding = model.encodings["y"]
+    known, _ = propagate(model)
+    low, high = known["y"].extremes(6.0)
+    assert encoding.axis == 1
+    ends = [encoding.scale * (q - encoding.zero_point) for q in (encoding.qmin, encoding.qmax)]
+    np.testing.assert_allclose(ends, [low, high], atol=encoding.scale.max())
+    assert model.layers()[-1].name == last
+
+
+def test_what_is_known_of_no_tensor_is_named():
+    model, _ = normal_model()
+    with pytest.raises(CalibrationError) as error:
+        Calibrate().apply(model, Context())
+    assert "nothing is known of x: x is an input of the model" in str(error.value)
+    assert "give data" in str(error.value)
+    text = "g (float[N,3] x) => (float[] y) <float[3,3] w> {"
+    for i in range(5):
+        text += f" m{i} = MatMul({f'm{i - 1}' if i else 'x'}, w)"
+    with pytest.raises(CalibrationError, match=r"m0: x is an input of the model;.* and \d more"):
+        Calibrate().apply(load(parse(text + " y = MatMul(m4, w) }")), Context())
+
+
+def test_batch_norms_before_samples_if_asked_for():
+    model, data = normal_model()
+    data = [{"x": feed["x"] * np.float32(0.1)} for feed in data]  # not what training saw
+    found = {}
+    for ranges in ("samples", "batch-norm"):
+        other = model.clone()
+        Calibrate(method="minmax", ranges=ranges).apply(other, Context(data))
+        found[ranges] = other.encodings
+    assert found["samples"]["x"] == found["batch-norm"]["x"]
+    assert found["batch-norm"]["r"].high == pytest.approx(11, rel=1e-5)
+    assert found["samples"]["r"].high < 3
+
+
+def test_statistics_of_an_earlier_run_serve_without_samples():
+    proto = parse(CHAIN)
+    ctx = Context(samples(proto))
+    first, second = load(proto), load(proto)
+    exits = Calibrate(activations="int8", weights="int8/channel", method="minmax")
+    exits.apply(first, ctx)
+    exits.apply(second, Context(statistics=ctx.observed))
+    assert first.encodings["r"] == second.encodings["r"]
 
 
 def test_samples_that_do_not_fit():

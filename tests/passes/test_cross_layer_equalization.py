@@ -184,6 +184,11 @@ BLOCKED = {
         "{ c = Conv(x, w, b) y = Conv(c, v) }",
         "is computed",
     ),
+    "channels-that-the-batch-takes": (
+        f"{X} <float[4,3,1,1] w, int64[4] s = {{-1,4,9,3}}, float[3,4,1,1] v>"
+        "{ c = Conv(x, w) r = Reshape(c, s) y = Conv(r, v) }",
+        "(Reshape) reads it",
+    ),
     "added-to-the-input": (
         f"{X} <float[3,3,1,1] w, float[3,3,1,1] v>"
         "{ c = Conv(x, w) a = Add(c, x) y = Conv(a, v) }",

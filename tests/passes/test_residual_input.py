@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from onnxq import encodings_json
 from onnxq.model import load
 from onnxq.pass_manager import Context
-from onnxq.passes import GPTQ, Calibrate, InsertQDQ, ResidualInput
+from onnxq.passes import GPTQ, Calibrate, InsertQDQ, LoadEncodings, ResidualInput
 from tests.checks import assert_same_function, ops, reasons, run
 from tests.models import parse
 
@@ -41,7 +42,6 @@ def test_the_float_function_stays():
     half = layer.weight.shape[1] // 2
     assert np.array_equal(layer.weight[:, :half] / np.float32(8), layer.weight[:, half:])
     assert layer.input_channels == 2
-    assert "x" not in model.encodings
     assert model.encodings["x.with_residue"].dtype == "uint8"
 
 
@@ -79,6 +79,17 @@ def test_inputs_that_are_fine_are_left_alone():
 def test_without_samples_there_is_nothing_to_judge_by():
     _, model, _ = calibrated(sounds())
     assert not ResidualInput().apply(model, Context())
+
+
+def test_saved_encodings_give_the_same_again(tmp_path):
+    data = sounds()
+    proto, model, ctx = calibrated(data)
+    ResidualInput().apply(model, ctx)
+    encodings_json.save(model.encodings, tmp_path / "e.json")
+    again = load(proto)
+    LoadEncodings(path=str(tmp_path / "e.json")).apply(again, ctx)
+    assert ResidualInput().apply(again, ctx)
+    assert again.encodings == model.encodings
 
 
 def test_silence_is_no_error():
