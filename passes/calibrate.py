@@ -15,6 +15,7 @@ from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
+from onnxq.ops import is_movement
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
 from onnxq.statistics import Method, TensorStatistics, check_method
@@ -133,6 +134,7 @@ class Calibrate:
         channels = {layer.name: layer.output_channels for layer in model.layers()}
         names = [n for n in exits if bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)]
         found = {}
+        names = [n for n in names if n not in measured.outputs]
         for name in [n for n in names if n in measured.known]:
             low, high = measured.known[name].extremes(SIGMAS)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
@@ -261,7 +263,7 @@ class _Activations:
         self.outputs = {
             root
             for name, root in self.source.items()
-            if ctx.synthetic and model.is_output(tensors[name])
+            if ctx.synthetic and _leaves(model, tensors[name])
         }
 
     def _count_readers(self, model: Model) -> dict[str, int]:
@@ -367,6 +369,17 @@ class _Activations:
             return True  # rounding once, to the joint grid, beats rounding twice
         noise = [_noise(self.statistics[name], e) for e in (joint, own)]
         return noise[0] <= SHARED_NOISE * noise[1]
+
+
+def _leaves(model: Model, tensor: gs.Tensor) -> bool:
+    """Whether the tensor is an output of the model, or is only moved on its way to be one."""
+    if model.is_output(tensor):
+        return True
+    readers = consumers(tensor)
+    return any(
+        is_movement(n.op, n.attrs) and n.inputs[0] is tensor and _leaves(model, n.outputs[0])
+        for n in readers
+    )
 
 
 def _gates(model: Model) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
