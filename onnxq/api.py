@@ -158,7 +158,6 @@ def run(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
     _check_loads(before)
-    notes: tuple[str, ...] = ()
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")
@@ -170,7 +169,7 @@ def run(
             threads=threads,
             progress=progress,
         )
-        data, notes = Calibration(made), made.notes
+        data: Calibration | None = Calibration(made)
     else:
         data = None if calib is None else _calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
@@ -187,7 +186,7 @@ def run(
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
     report = ctx.report
-    report.notes[:0] = [*after.notes, *notes]
+    report.notes[:0] = after.notes
     after.set_metadata("onnxq.version", __version__)
     after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
     _measure(report, before, after, ctx)

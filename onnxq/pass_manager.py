@@ -94,9 +94,14 @@ class Context:
         self.target = Target.named(target)
         self.threads = threads
         self.progress: Progress = progress or Silent()
-        self.report = Report()
+        self.report = Report(notes=[] if self.data is None else [*self.data.notes])
         self._statistics = statistics
         self._observed: tuple[int, bool, Statistics] | None = None
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the samples were made up, so that they do not show all that data would."""
+        return self.data is not None and self.data.is_synthetic
 
     def rng(self, step: Pass) -> np.random.Generator:
         """A generator that depends on the run's seed and the pass's name alone."""
