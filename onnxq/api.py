@@ -163,8 +163,6 @@ def run(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
     _check_loads(before)
-    notes: tuple[str, ...] = ()
-    data = None if calib is None else _calibration(calib, limit, preprocess)
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")
@@ -176,7 +174,9 @@ def run(
             threads=threads,
             progress=progress,
         )
-        data, notes = Calibration(made), made.notes
+        data: Calibration | None = Calibration(made)
+    else:
+        data = None if calib is None else _calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
         data,
@@ -185,7 +185,6 @@ def run(
         threads=threads,
         progress=progress,
         statistics=_known_statistics(kept, before),
-        synthetic=data_free,
     )
     after = before.clone()
     ranges = WeightRanges(before)
@@ -193,7 +192,7 @@ def run(
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
     result = ctx.report
-    result.notes[:0] = [*after.notes, *notes]
+    result.notes[:0] = after.notes
     after.set_metadata("onnxq.version", __version__)
     after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
     _measure(result, before, after, ctx)

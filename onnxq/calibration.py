@@ -19,6 +19,7 @@ from onnxq.pictures import PRESETS, Preprocess
 from onnxq.readers import KINDS, Stored, find, read_npy, read_npz, read_pb, spread
 from onnxq.signature import TensorSpec
 from onnxq.spool import Spool
+from onnxq.synthetic import Synthetic
 
 __all__ = ["Calibration", "Samples"]
 
@@ -81,6 +82,16 @@ class Calibration:
         is_path = isinstance(self.source, (str, os.PathLike))
         source = os.fspath(self.source) if is_path else type(self.source).__name__
         return f"Calibration({source!r}, limit={self.limit}, preprocess={self.preprocess!r})"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was assumed to make the samples; empty unless they are synthetic."""
+        return self.source.notes if isinstance(self.source, Synthetic) else ()
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the samples were made up by `onnxq.synthetic`."""
+        return isinstance(self.source, Synthetic)
 
     def limited(self, limit: int) -> Calibration:
         """The same samples, at most `limit` of them."""

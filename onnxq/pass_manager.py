@@ -68,7 +68,6 @@ class Context:
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
         statistics: Statistics of an earlier run on the same model and data, to be reused.
-        synthetic: Whether the samples are made up, so that batch normalization knows better.
 
     Raises:
         RecipeError: A seed or a number of threads that means nothing.
@@ -84,7 +83,6 @@ class Context:
         threads: int = 0,
         progress: Progress | None = None,
         statistics: Statistics | None = None,
-        synthetic: bool = False,
     ) -> None:
         given = data is None or isinstance(data, Calibration)
         self.data: Calibration | None = data if given else Calibration(data)
@@ -96,10 +94,14 @@ class Context:
         self.target = Target.named(target)
         self.threads = threads
         self.progress: Progress = progress or Silent()
-        self.report = Report()
-        self.synthetic = synthetic
+        self.report = Report(notes=[] if self.data is None else [*self.data.notes])
         self._statistics = statistics
         self._observed: tuple[int, bool, Statistics] | None = None
+
+    @property
+    def is_synthetic(self) -> bool:
+        """Whether the samples were made up, so that they do not show all that data would."""
+        return self.data is not None and self.data.is_synthetic
 
     def rng(self, step: Pass) -> np.random.Generator:
         """A generator that depends on the run's seed and the pass's name alone."""

@@ -105,7 +105,7 @@ name = "insert-qdq"
 """,
     "data-free": """\
 name = "data-free"
-description = "Without samples: equalize, absorb, ranges from batch normalization, correct."
+description = "Without samples: equalize, ranges from batch normalization, correct biases."
 
 [[pass]]
 name = "clean"
@@ -122,9 +122,6 @@ name = "cross-layer-equalization"
 balance = "both"
 
 [[pass]]
-name = "high-bias-absorption"
-
-[[pass]]
 name = "gate-equalization"
 
 [[pass]]
@@ -133,7 +130,6 @@ ranges = "batch-norm"
 
 [[pass]]
 name = "bias-correction"
-method = "analytic"
 
 [[pass]]
 name = "insert-qdq"

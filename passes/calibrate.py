@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -15,7 +15,6 @@ from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
 from onnxq.model import Layer, Model, consumers, producer
-from onnxq.ops import is_movement
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
 from onnxq.statistics import Method, TensorStatistics, check_method
@@ -37,10 +36,18 @@ _FLOATS = (np.float16, np.float32, np.float64)
 INPUT_BINS = 4096
 # How many standard deviations a channel spans where batch normalization tells its range.
 SIGMAS = 6.0
-# A made-up sample is never a clear case of anything: outputs of real ones reach farther, about so.
-UNSEEN_OUTPUTS = 3.0
 # So many tensors are named where nothing is known of them.
 NAMED = 3
+# What synthetic samples did not show: inner ranges, and those of what comes after the last layers,
+# where real samples of a class give greater numbers than anything that is made up.
+UNSEEN, UNSEEN_RESULTS = 1.25, 2.0
+# Ranges that functions cannot leave.
+_LIMITS = {
+    "HardSigmoid": (0.0, 1.0),
+    "Sigmoid": (0.0, 1.0),
+    "Softmax": (0.0, 1.0),
+    "Tanh": (-1.0, 1.0),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,7 @@ class Calibrate:
        scale and zero point per channel: the runtime multiplies them into the weight's scales, so
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
+    6. Ranges that synthetic samples showed are widened, twofold after the last layers.
 
     Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
     normalization lets expect: behind it a channel is N(beta, gamma^2), and
@@ -121,6 +129,11 @@ class Calibrate:
             how = f", {estimates} of them estimates" if estimates else ""
             changes.add(f"{len(measured.known)} ranges from batch normalization{how}")
         changes.add(f"{weights} weights: {self.weights}")
+        if ctx.is_synthetic:
+            changes.add(
+                f"ranges widened by {UNSEEN:g}, after the last layers by {UNSEEN_RESULTS:g}: what"
+                " synthetic samples do not show"
+            )
         return changes
 
     def _encode_exits(
@@ -134,7 +147,6 @@ class Calibrate:
         channels = {layer.name: layer.output_channels for layer in model.layers()}
         names = [n for n in exits if bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)]
         found = {}
-        names = [n for n in names if n not in measured.outputs]
         for name in [n for n in names if n in measured.known]:
             low, high = measured.known[name].extremes(SIGMAS)
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
@@ -145,6 +157,8 @@ class Calibrate:
         ]
         for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
             low, high = _with_margin(low, high)
+            if ctx.is_synthetic:
+                low, high = low * UNSEEN_RESULTS, high * UNSEEN_RESULTS
             found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
         return found
 
@@ -259,12 +273,16 @@ class _Activations:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
-        tensors = model.tensors()
-        self.outputs = {
-            root
-            for name, root in self.source.items()
-            if ctx.synthetic and _leaves(model, tensors[name])
-        }
+        seen = [n for n in roots if not self._is_derived(n)]
+        self.margins = _margins(model, seen) if ctx.is_synthetic else {}
+        self.producers = {n: producer(t) for n, t in model.tensors().items()}
+
+    def _is_derived(self, name: str) -> bool:
+        """Whether batch normalization tells the range, of a Concat that of each input."""
+        inputs = [names for names, out in self.placement.joins if out == name]
+        if name in self.known or not inputs:
+            return name in self.known
+        return all(self.source[n] in self.known for n in inputs[0] if n in self.source)
 
     def _count_readers(self, model: Model) -> dict[str, int]:
         """How many read a tensor, or what is only moved from it; the model's outputs count."""
@@ -284,6 +302,8 @@ class _Activations:
         if self.step.ranges == "samples" and ctx.has_statistics(names):
             return ctx.statistics(model, names, histogram=histogram)
         known, unknown = propagate(model)
+        if ctx.has_statistics(names):  # samples, made-up ones, too, are worth more than estimates
+            known = {n: d for n, d in known.items() if not d.estimated}
         lacking = [n for n in names if n not in known]
         if lacking and not ctx.has_statistics(lacking):
             says = "; ".join(f"{n}: {unknown[n]}" for n in lacking[:NAMED])
@@ -306,7 +326,7 @@ class _Activations:
         return {name: encodings[root] for name, root in self.source.items()}
 
     def _encode(self, name: str) -> Encoding:
-        low, high = self._range(name)
+        low, high = self._widened(name, *self._range(name))
         bounds = self.placement.bounds.get(name)
         if bounds is None:
             return Encoding.of_range(low, high, self.format.dtype)
@@ -314,12 +334,6 @@ class _Activations:
         return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
 
     def _range(self, name: str) -> tuple[float, float]:
-        low, high = self._seen_range(name)
-        if name in self.outputs and (name not in self.known or self.known[name].estimated):
-            return low * UNSEEN_OUTPUTS, high * UNSEEN_OUTPUTS
-        return low, high
-
-    def _seen_range(self, name: str) -> tuple[float, float]:
         known = self.statistics[name]
         if name in self.inputs:
             return self.inputs[name]
@@ -330,6 +344,13 @@ class _Activations:
             low, high = min(known.minimum, 0.0), max(known.maximum, 0.0)
             return gate_range(centres, known.bins, low, high, gate, 1 << self.format.bits)
         return known.range(self.step.method, bits=self.format.bits, percentile=self.step.percentile)
+
+    def _widened(self, name: str, low: float, high: float) -> tuple[float, float]:
+        """The range with room for what the samples could not show."""
+        margin = self.margins.get(name, 1.0)
+        node = self.producers[name]
+        least, most = _LIMITS.get("" if node is None else node.op, (-np.inf, np.inf))
+        return max(low * margin, min(low, least)), min(high * margin, max(high, most))
 
     def _input_ranges(self, model: Model, ctx: Context) -> dict[str, tuple[float, float]]:
         """Ranges of the model's inputs of least error relative to each sample's power.
@@ -371,15 +392,16 @@ class _Activations:
         return noise[0] <= SHARED_NOISE * noise[1]
 
 
-def _leaves(model: Model, tensor: gs.Tensor) -> bool:
-    """Whether the tensor is an output of the model, or is only moved on its way to be one."""
-    if model.is_output(tensor):
-        return True
-    readers = consumers(tensor)
-    return any(
-        is_movement(n.op, n.attrs) and n.inputs[0] is tensor and _leaves(model, n.outputs[0])
-        for n in readers
-    )
+def _margins(model: Model, names: Iterable[str]) -> dict[str, float]:
+    """By what factor to widen the ranges of tensors that synthetic samples showed.
+
+    What is made up for an input has the range that the input is meant to have.
+    """
+    inner: set[str] = set()  # what a layer is still to come for
+    for node in reversed(model.graph.nodes):
+        if Layer.of(model, node) is not None or any(t.name in inner for t in node.outputs):
+            inner.update(t.name for t in node.inputs)
+    return {n: UNSEEN if n in inner else UNSEEN_RESULTS for n in names if n not in model.inputs}
 
 
 def _gates(model: Model) -> dict[str, Callable[[np.ndarray], np.ndarray]]:

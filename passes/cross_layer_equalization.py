@@ -110,7 +110,7 @@ class CrossLayerEqualization:
                     names.append(x.name)
         names = list(dict.fromkeys(names))
         found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        if ctx.data is None or ctx.synthetic:
+        if ctx.data is None or ctx.is_synthetic:
             known, _ = propagate(model)
             for name in names:
                 if name in known and not known[name].estimated:
