@@ -14,6 +14,7 @@ from onnxq.analysis.distribution import Distribution, propagate, statistics_of
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
+from onnxq.kernels.observe import tally
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
@@ -349,7 +350,7 @@ class _Activations:
             for name, total in weights.items():
                 power = float(np.square(feed[name], dtype=np.float64).mean())
                 if power > 0:
-                    total += np.histogram(feed[name], edges[name])[0] / (feed[name].size * power)
+                    total += tally(feed[name], edges[name]) / (feed[name].size * power)
         return {
             n: gate_range(
                 (e[1:] + e[:-1]) / 2, weights[n], e[0], e[-1], _same, 1 << self.format.bits
