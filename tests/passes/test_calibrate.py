@@ -670,7 +670,7 @@ def test_a_result_that_integers_read_too_has_one_range():
     ("size", "count", "batch", "enough"),
     [
         *((9, 1, 1, False), (9, 2, 1, True), (9, 1, 2, True)),  # 64 values a picture
-        *((2, 64, 1, False), (2, 200, 1, False)),  # one: no more than 64 samples are looked at
+        *((2, 64, 1, False), (2, 200, 1, False)),  # one: as for scores of classes
         *((2, 49, 2, False), (2, 50, 2, True), (2, 1, 99, False), (2, 1, 100, True)),
     ],
 )
@@ -685,6 +685,21 @@ def test_positions_need_not_be_known():
     text = EXIT.replace("9,9", "H,W").replace("BODY", "y = Tanh(c)")
     model, _ = calibrated(parse(text, **SIZES), [models.feeds(parse(text, **SIZES), size=12)])
     assert model.encodings["c"].axis == 1
+
+
+@pytest.mark.parametrize(("method", "passes"), [("percentile", 1), ("minmax", 1), ("mse", 2)])
+def test_ranges_of_tensors_and_channels_come_from_one_pass(method, passes):
+    """The ranges of inputs by least error take another one, over the samples alone."""
+    proto = parse(EXIT.replace("BODY", "y = Tanh(c)"), **SIZES)
+    read = []
+
+    def data():
+        read.append(1)
+        return iter([models.feeds(proto, seed=s, batch=8) for s in range(20)])
+
+    model, _ = calibrated(proto, data, method=method)
+    assert model.encodings["c"].axis == 1
+    assert len(read) == passes
 
 
 # ------------------------------------------------------------------ weights and biases
