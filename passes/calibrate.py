@@ -40,7 +40,7 @@ SIGMAS = 6.0
 NAMED = 3
 # What synthetic samples did not show: inner ranges, and those of what comes after the last layers,
 # where real samples of a class give greater numbers than anything that is made up.
-UNSEEN, UNSEEN_RESULTS = 1.25, 2.0
+UNSEEN, UNSEEN_RESULTS = 1.1, 2.0
 # Ranges that functions cannot leave.
 _LIMITS = {
     "HardSigmoid": (0.0, 1.0),
