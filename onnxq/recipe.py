@@ -89,6 +89,7 @@ balance = "both"
 
 [[pass]]
 name = "gate-equalization"
+levels = 40.0
 
 [[pass]]
 name = "calibrate"
