@@ -31,9 +31,10 @@ check: $(DEV) ## format, lint, types, import contract, tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# status 77: nothing to measure, as the script has said
 bench: $(DEV) ## run every script of benchmarks/; some need ONNXQ_ZOO
 	@for script in $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py))); do \
-		echo "== $$script"; $(BIN)/python $$script || exit 1; \
+		echo "== $$script"; $(BIN)/python $$script || [ $$? = 77 ] || exit 1; \
 	done
 
 docs: $(RUN) ## write docs/cli.md and docs/passes.md from the code

@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from _zoo import OUT, folder, run, samples
+
 import onnxq
 
 HERE = Path(__file__).parent
-OUT = HERE / "out"
 # model -> task of eval.py, metric, allowed loss
 MODELS = {
     "cifar_resnet20": ("cifar10", "top1", 0.3),
@@ -43,9 +42,7 @@ def main() -> None:
     parser.add_argument("models", nargs="*", default=[*MODELS], metavar="MODEL")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
-    if "ONNXQ_ZOO" not in os.environ:
-        sys.exit("set ONNXQ_ZOO to the folder of the model zoo")
-    zoo = Path(os.environ["ONNXQ_ZOO"])
+    zoo = folder()
     rows = [measure(zoo, name) for name in args.models]
     OUT.mkdir(exist_ok=True)
     (OUT / "zoo.json").write_text(json.dumps(rows, indent=1))
@@ -59,9 +56,7 @@ def main() -> None:
 def measure(zoo: Path, name: str) -> dict[str, object]:
     task, metric, allowed = MODELS[name]
     source = zoo / "models" / f"{name}.onnx"
-    calib = OUT / "calib" / name
-    if not calib.exists():
-        run(zoo / "calib.py", source, calib, "--limit", "100")
+    calib = samples(zoo, name)
     result = OUT / f"{name}.int8.onnx"
     start = time.perf_counter()
     _, report = onnxq.quantize(source, result, calib)
@@ -83,11 +78,6 @@ def measure(zoo: Path, name: str) -> dict[str, object]:
         "seconds": seconds,
         "bytes": [facts["bytes"]["before"], facts["bytes"]["after"]],
     }
-
-
-def run(script: Path, *args: object) -> str:
-    command = [sys.executable, str(script), *map(str, args)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def table(rows: list[dict[str, object]]) -> str:

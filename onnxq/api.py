@@ -13,15 +13,16 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import encodings_json, recipe
+from onnxq import encodings_json, recipe, report_html
 from onnxq.analysis import cost, error, fusion, latency
+from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
 from onnxq.calibration import Calibration, Samples
 from onnxq.encoding import Format
 from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError
 from onnxq.kernels._jit import announced
-from onnxq.model import Model, load
+from onnxq.model import Layer, Model, load
 from onnxq.model_io import external_files
-from onnxq.pass_manager import Context, Pass, PassManager
+from onnxq.pass_manager import After, Changes, Context, Pass, PassManager
 from onnxq.passes import (
     Calibrate,
     Clean,
@@ -33,7 +34,7 @@ from onnxq.passes import (
 )
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
-from onnxq.report import Report
+from onnxq.report import Report, write_text
 from onnxq.runtime import Session, versions
 from onnxq.statistics import Statistics
 from onnxq.synthetic import synthesize
@@ -75,6 +76,7 @@ def quantize(
     encodings: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
     data_free: bool = False,
+    report: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -97,6 +99,7 @@ def quantize(
         encodings: Encodings to use instead of calibrating.
         statistics: A file in which calibration statistics are kept for the next run.
         data_free: Make samples up instead of reading any, see `onnxq.synthetic`.
+        report: A file for the report as a page (HTML).
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -128,6 +131,7 @@ def quantize(
         preprocess=preprocess,
         statistics=statistics,
         data_free=data_free,
+        report=report,
         seed=seed,
         threads=threads,
         progress=progress,
@@ -145,13 +149,14 @@ def run(
     preprocess: Any = None,
     statistics: str | os.PathLike[str] | None = None,
     data_free: bool = False,
+    report: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Model, Report]:
     """Run any recipe; the arguments are those of `quantize`."""
     chosen = _recipe(recipe)
-    check_outputs([destination, statistics], models=[source], others=[calib])
+    check_outputs([destination, statistics, report], models=[source], others=[calib])
     before = load(source)
     if any(_QUANTIZED.fullmatch(n.op) for n in before.graph.nodes):
         raise ModelError(
@@ -182,21 +187,28 @@ def run(
         statistics=_known_statistics(kept, before),
     )
     after = before.clone()
-    manager = PassManager(*chosen.passes)
+    ranges = WeightRanges(before)
+    manager = PassManager(*chosen.passes, after=_watch(ranges, chosen.passes))
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
-    report = ctx.report
-    report.notes[:0] = after.notes
+    result = ctx.report
+    result.notes[:0] = after.notes
     after.set_metadata("onnxq.version", __version__)
     after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
-    _measure(report, before, after, ctx)
+    _measure(result, before, after, ctx)
+    layers = ranges.finish(after)
+    result.facts["weights"] = [layer.to_dict() for layer in layers]
     if kept is not None and ctx.observed is not None and not kept.exists():
         ctx.observed.metadata["model"] = before.digest()
         ctx.observed.save(kept)
     if destination is not None:
         after.save(destination)
-        report.facts["bytes"]["after"] = _bytes(Path(destination))
-    return after, report
+        result.facts["bytes"]["after"] = _bytes(Path(destination))
+    if report is not None:
+        title = before.path.name if before.path is not None else before.graph.name
+        text = after.metadata["onnxq.recipe"]
+        write_text(Path(report), report_html.page(title, result, layers, text, seed))
+    return after, result
 
 
 def equalize_model(
@@ -427,6 +439,19 @@ def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:
     return tuple(LoadEncodings(path=str(path)) if isinstance(s, Calibrate) else s for s in steps)
 
 
+def _watch(ranges: WeightRanges, steps: Sequence[Pass]) -> After:
+    """Ranges start where BatchNormalization is in the weights, and end before the integers."""
+    folds = next((s for s in steps if isinstance(s, FoldBatchNorm)), None)
+
+    def after(step: Pass, model: Model, _: Changes) -> None:
+        if step is folds:
+            ranges.start(model)
+        else:
+            ranges.see(model)
+
+    return after
+
+
 def _dumps(chosen: Recipe, target: Target) -> str:
     return recipe.dumps(dataclasses.replace(chosen, target=target.name))
 
@@ -488,11 +513,7 @@ def _bytes(path: Path) -> int:
     return path.stat().st_size + sum(f.stat().st_size for f in external_files(path))
 
 
-def _weight_facts(layer: Any) -> tuple[tuple[int, ...], float, float, float]:
-    values = np.asarray(layer.weight, np.float64)
-    axis = layer.channel_axis
-    others = tuple(i for i in range(values.ndim) if i != axis)
-    bound = np.abs(values).max(axis=others, initial=0)
-    median = float(np.median(bound)) if bound.size else 0.0
-    spread = float(bound.max(initial=0) / median) if median > 0 else float("inf")
-    return values.shape, float(values.min(initial=0)), float(values.max(initial=0)), spread
+def _weight_facts(layer: Layer) -> tuple[tuple[int, ...], float, float, float]:
+    ranges = channel_ranges(layer.weight, layer.channel_axis)
+    low, high = float(ranges.low.min(initial=0)), float(ranges.high.max(initial=0))
+    return layer.weight.shape, low, high, ranges.spread

@@ -137,6 +137,13 @@ _statistics = click.option(
     help="Keep what was learned from the samples in this file, and start from it the next time, as"
     " in --statistics in.stats.npz. Delete it when the samples change.",
 )
+_report = click.option(
+    "--report",
+    type=FILE,
+    metavar="FILE",
+    help="Also write the results as a page that opens offline, as in --report out.html: with what"
+    " each channel's weights were before and after.",
+)
 _seed = click.option(
     "--seed",
     type=int,
@@ -224,6 +231,7 @@ def main() -> None:
 )
 @_samples
 @_statistics
+@_report
 @_seed
 @_threads
 @_output
@@ -250,13 +258,13 @@ def quantize(
     """
     if calib is None and given["encodings"] is None and not given["data_free"]:
         raise click.UsageError(
-            "give samples (--calib PATH), or encodings (--encodings FILE), or do without (--data-free)"
+            "give samples (--calib PATH), or encodings (--encodings FILE), or take --data-free"
         )
     if calib is not None and given["data_free"]:
         raise click.UsageError("--calib and --data-free exclude one another")
     from onnxq import api, encodings_json
 
-    made = (destination, save_encodings, json_file, given["statistics"])
+    made = (destination, save_encodings, json_file, given["statistics"], given["report"])
     read = (calib, given["encodings"], given["recipe"])
     api.check_outputs(made, models=[source], others=read)
     model, report = api.quantize(source, destination, calib, progress=_progress(quiet), **given)
@@ -274,6 +282,7 @@ def quantize(
 @_target
 @_samples
 @_statistics
+@_report
 @_seed
 @_threads
 @_output
@@ -307,7 +316,7 @@ def run(
     """
     from onnxq import api
 
-    made = (destination, json_file, given["statistics"])
+    made = (destination, json_file, given["statistics"], given["report"])
     api.check_outputs(made, models=[source], others=(calib, recipe))
     _, report = api.run(recipe, source, destination, calib, progress=_progress(quiet), **given)
     _finish(report, source, destination, json_file, quiet)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -203,29 +203,40 @@ class Context:
             self.report.notes.append(samples.note)
         return samples
 
-    def has_statistics(self, names: Sequence[str]) -> bool:
-        """Whether there are samples, or statistics of an earlier run with all these tensors."""
+    def has_statistics(self, names: Collection[str], channels: Collection[str] = ()) -> bool:
+        """Whether there are samples, or statistics of an earlier run with all that."""
         given = self._statistics
-        return self.data is not None or (given is not None and all(n in given for n in names))
+        return self.data is not None or (given is not None and _holds(given, names, channels))
 
     def statistics(
-        self, model: Model, names: Sequence[str], *, histogram: bool = True
+        self,
+        model: Model,
+        names: Sequence[str],
+        *,
+        histogram: bool = True,
+        channels: Collection[str] = (),
     ) -> Statistics:
         """Statistics of tensors over the calibration samples, from one pass over the data.
 
         Kept until the model changes; statistics handed to the context are used where they have
-        every tensor asked for.
+        everything asked for.
+
+        Args:
+            model: The model.
+            names: The tensors.
+            histogram: Whether to keep histograms.
+            channels: Those of the tensors whose channels' extremes are kept, too.
 
         Raises:
             CalibrationError: No samples, samples that do not fit, or values that are not finite.
         """
         given = self._statistics
-        if given is not None and all(n in given for n in names):
+        if given is not None and _holds(given, names, channels):
             return given
         if self._observed is not None:
             revision, with_histogram, statistics = self._observed
             fresh = revision == model.revision and (with_histogram or not histogram)
-            if fresh and all(n in statistics for n in names):
+            if fresh and _holds(statistics, names, channels):
                 return statistics
         # one thread a session: whole samples side by side beat threads inside of operators
         session = Session(model.to_proto(names), threads=1)
@@ -236,11 +247,18 @@ class Context:
                 names,
                 samples,
                 histogram=histogram,
+                channels=channels,
                 progress=advance,
                 threads=min(self.threads, cores()) or None,  # more would only take memory
             )
         self._observed = (model.revision, histogram, statistics)
         return statistics
+
+
+def _holds(known: Statistics, names: Collection[str], channels: Collection[str]) -> bool:
+    """Whether all tensors of these names are there, and the channels of those."""
+    with_channels = (n for n, t in known.items() if t.channels is not None)
+    return known.keys() >= {*names} and {*with_channels} >= {*channels}
 
 
 class PassManager:

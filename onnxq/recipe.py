@@ -89,6 +89,7 @@ balance = "both"
 
 [[pass]]
 name = "gate-equalization"
+levels = 40.0
 
 [[pass]]
 name = "calibrate"
@@ -105,7 +106,7 @@ name = "insert-qdq"
 """,
     "data-free": """\
 name = "data-free"
-description = "Without samples: equalize, absorb, ranges from batch normalization, correct."
+description = "Without samples: equalize, ranges from batch normalization, correct biases."
 
 [[pass]]
 name = "clean"
@@ -122,9 +123,6 @@ name = "cross-layer-equalization"
 balance = "both"
 
 [[pass]]
-name = "high-bias-absorption"
-
-[[pass]]
 name = "gate-equalization"
 
 [[pass]]
@@ -133,7 +131,6 @@ ranges = "batch-norm"
 
 [[pass]]
 name = "bias-correction"
-method = "analytic"
 
 [[pass]]
 name = "insert-qdq"

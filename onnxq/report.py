@@ -10,7 +10,16 @@ from typing import Any
 
 from onnxq.errors import OnnxqError
 
-__all__ = ["Changes", "PassRecord", "Report", "Skip", "write_text"]
+__all__ = [
+    "Changes",
+    "PassRecord",
+    "Report",
+    "Skip",
+    "error_line",
+    "megabytes",
+    "millions",
+    "write_text",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,18 @@ class Report:
         """Every refusal with the name of the pass."""
         return [(p.name, s) for p in self.passes for s in p.changes.skipped]
 
+    @property
+    def in_float(self) -> list[tuple[str, str, str]]:
+        """Layers that onnxruntime does not run in integers: name, operator, reason."""
+        layers = {n["name"]: n for n in self.facts["integers"]["layers"] if not n["integer"]}
+        return [(n["name"], n["op"], n["reason"]) for n in layers.values()]
+
+    @property
+    def left_alone(self) -> list[tuple[str, str, str]]:
+        """What else passes declined: name, pass, reason."""
+        told = {name for name, _, _ in self.in_float}
+        return [(s.layer, p, s.why) for p, s in self.skipped if s.layer not in told]
+
     def to_dict(self) -> dict[str, Any]:
         """The report as plain JSON types."""
         return {
@@ -114,6 +135,32 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; the file appears whole or not at all."""
         write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def error_line(output: dict[str, Any]) -> str:
+    """One output's error in a line."""
+    parts = []
+    if output.get("sqnr_db") is not None:
+        parts.append(f"SQNR {output['sqnr_db']:.1f} dB")
+    if output.get("cosine") is not None:
+        parts.append(f"cosine {output['cosine']:.5f}")
+    if output.get("top1_agreement") is not None:
+        parts.append(f"top-1 agreement {100 * output['top1_agreement']:.1f} %")
+    if output.get("equal") is not None:
+        parts.append(f"equal {100 * output['equal']:.1f} %")
+    if output["left_out"]:
+        parts.append(f"{output['left_out']} values that are NaN or infinite in both left out")
+    return ", ".join(parts) + f" on {output['samples']} samples"
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people: MB are millions of bytes."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def millions(count: int) -> str:
+    """A large count for people."""
+    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
 
 
 def write_text(path: Path, text: str) -> None:

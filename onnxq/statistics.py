@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from math import inf, sqrt
@@ -59,6 +59,8 @@ class TensorStatistics:
             ``floor(x / 2**exponent) == offset + i``.
         exponent: Of the bins' width.
         offset: Number of the first bin: ``floor(minimum / 2**exponent)``.
+        channels: Least and greatest value of each channel (axis 1), float32 [2, C]; None if they
+            were not kept.
     """
 
     count: int = 0
@@ -73,6 +75,7 @@ class TensorStatistics:
     bins: np.ndarray | None = field(default=None, repr=False)
     exponent: int = counting.MIN_EXPONENT
     offset: int = 0
+    channels: np.ndarray | None = field(default=None, repr=False)
 
     @property
     def mean(self) -> float:
@@ -90,7 +93,7 @@ class TensorStatistics:
         """The statistics of both, as if one run had seen all the values.
 
         Two things need a choice: moving averages, which have an order, become the wider of the two,
-        and a histogram is kept only where both have one.
+        and a histogram and channels are kept only where both have them.
 
         Raises:
             CalibrationError: The histograms differ in their number of bins.
@@ -105,6 +108,7 @@ class TensorStatistics:
             batches=self.batches + other.batches,
             ema_minimum=min(self.ema_minimum, other.ema_minimum),
             ema_maximum=max(self.ema_maximum, other.ema_maximum),
+            channels=_wider(self.channels, other.channels),
         )
         if self.bins is None or other.bins is None:
             return merged
@@ -166,7 +170,13 @@ class TensorStatistics:
 
     @property
     def _adds_up(self) -> bool:
-        """Whether the bins are those of the extremes and of the counts."""
+        """Whether the bins are those of the extremes and of the counts, and channels theirs."""
+        if self.channels is not None:
+            if self.channels.ndim != 2 or len(self.channels) != 2:
+                return False
+            low, high = self.channels
+            if (low.min(initial=inf), high.max(initial=-inf)) != (self.minimum, self.maximum):
+                return False
         if self.bins is None:
             return True
         if self.bins.dtype != np.int64 or self.bins.ndim != 1 or self.bins.min(initial=0) < 0:
@@ -237,6 +247,8 @@ class Statistics(Mapping[str, TensorStatistics]):
         for i, tensor in enumerate(tensors):
             if tensor.bins is not None:
                 arrays[f"bins{i}"] = tensor.bins
+            if tensor.channels is not None:
+                arrays[f"channels{i}"] = tensor.channels
         target = Path(path)
         try:
             handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -282,8 +294,11 @@ class Statistics(Mapping[str, TensorStatistics]):
         columns = {name: file[name].astype(kind).tolist() for name, kind in _NUMBERS.items()}
         tensors = {}
         for i, name in enumerate(about["names"]):
-            bins = file.get(f"bins{i}")
-            tensors[name] = TensorStatistics(bins=bins, **{k: v[i] for k, v in columns.items()})
+            tensors[name] = TensorStatistics(
+                bins=file.get(f"bins{i}"),
+                channels=file.get(f"channels{i}"),
+                **{k: v[i] for k, v in columns.items()},
+            )
             if not tensors[name]._adds_up:
                 raise ValueError(f"the statistics of {name!r} do not add up")
         return cls(tensors, about["metadata"])
@@ -292,7 +307,7 @@ class Statistics(Mapping[str, TensorStatistics]):
 _NUMBERS = {
     f.name: np.int64 if f.type == "int" else np.float64
     for f in fields(TensorStatistics)
-    if f.name != "bins"
+    if f.name not in ("bins", "channels")
 }
 
 _Counts = dict[str, tuple[np.ndarray, np.ndarray]]  # tensor -> bins and grid
@@ -321,6 +336,7 @@ def observe(
     samples: Iterable[Mapping[str, np.ndarray]],
     *,
     histogram: bool = True,
+    channels: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
     threads: int | None = None,
 ) -> Statistics:
@@ -338,19 +354,21 @@ def observe(
         samples: One feed each; iterated in the calling thread, and copied, so that a reader may
             use its arrays again.
         histogram: Whether to keep histograms, which the methods percentile, entropy and mse need.
+        channels: Those of the tensors whose channels' extremes are kept, too.
         progress: Called in the calling thread with 1 after each sample.
         threads: Samples in flight; None takes what the session's threads leave of the cores, as far
             as memory is not strained.
 
     Raises:
         CalibrationError: No samples, samples that do not fit, or values that are not finite.
-        ModelError: The session has no tensor of a name, or fails.
+        ModelError: The session has no tensor of a name, or fails; a tensor has no channels, or not
+            always as many.
     """
     known = {spec.name for spec in (*session.inputs, *session.outputs)}
     for name in names:
         if name not in known:
             raise ModelError(f"the session does not put out {name!r}", fix="make it an output")
-    observer = _Observer(session, tuple(dict.fromkeys(names)), histogram)
+    observer = _Observer(session, tuple(dict.fromkeys(names)), histogram, frozenset(channels))
     streams = threads or _streams(session)
     pool = ThreadPoolExecutor(streams, thread_name_prefix="onnxq-observe")
     pending: deque[Future[_Found]] = deque()
@@ -377,6 +395,22 @@ def observe(
     return observer.statistics()
 
 
+def _channels(name: str, array: np.ndarray) -> np.ndarray:
+    """Least and greatest value of each channel, float32 [2, C]."""
+    if array.ndim < 2:
+        raise ModelError("it has no channels", where=f"tensor {name}")
+    values = array.reshape(*array.shape[:2], int(np.prod(array.shape[2:])))
+    low = np.minimum.reduce(values, axis=(0, 2), initial=inf)
+    return np.stack([low, np.maximum.reduce(values, axis=(0, 2), initial=-inf)]).astype(np.float32)
+
+
+def _wider(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+    """The extremes of both; None if they are not of the same channels."""
+    if a is None or b is None or a.shape != b.shape:
+        return None
+    return np.stack([np.minimum(a[0], b[0]), np.maximum(a[1], b[1])])
+
+
 def _streams(session: Session) -> int:
     """How many samples at a time keep the cores busy."""
     if session.threads:
@@ -386,19 +420,23 @@ def _streams(session: Session) -> int:
 
 @dataclass
 class _Found:
-    """What one sample told: its tensors' moments, and how many bytes they were."""
+    """What one sample told: moments and channels of its tensors, and how many bytes they were."""
 
     moments: dict[str, counting.Moments]
+    channels: dict[str, np.ndarray]
     bytes: int
 
 
 class _Observer:
     """Collects what the samples of one run tell."""
 
-    def __init__(self, session: Session, names: tuple[str, ...], histogram: bool) -> None:
+    def __init__(
+        self, session: Session, names: tuple[str, ...], histogram: bool, channels: frozenset[str]
+    ) -> None:
         self.session = session
         self.names = names
         self.histogram = histogram
+        self.channels = channels
         self.inputs = {spec.name for spec in session.inputs}
         self.tensors: dict[str, TensorStatistics] = {}
         # Histograms of the threads that are between samples: a thread takes one for a sample, so
@@ -412,7 +450,7 @@ class _Observer:
             counts = self.counts.pop()
         except IndexError:
             counts = {}
-        found = _Found({}, 0)
+        found = _Found({}, {}, 0)
         for name in self.names:
             array = feed[name] if name in self.inputs else arrays.pop(name, None)
             if array is None or array.dtype not in (np.float16, np.float32, np.float64):
@@ -431,6 +469,8 @@ class _Observer:
                     fix="check the sample's values and preprocessing, then the model",
                 )
             found.moments[name] = moments
+            if name in self.channels:
+                found.channels[name] = _channels(name, array)
         self.counts.append(counts)
         return found
 
@@ -450,6 +490,11 @@ class _Observer:
             t.sum_squares += m.squares
             t.zeros += m.zeros
             t.batches += 1
+            if name in found.channels:
+                seen = found.channels[name]
+                t.channels = seen if t.batches == 1 else _wider(t.channels, seen)
+                if t.channels is None:
+                    raise ModelError("the number of its channels varies", where=f"tensor {name}")
 
     def statistics(self) -> Statistics:
         """Everything included, once all samples are done."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -15,9 +14,9 @@ from onnxq.api import Comparison, Inspection
 from onnxq.pages import page
 from onnxq.passes import PASSES
 from onnxq.recipe import RECIPES
-from onnxq.report import Report
+from onnxq.report import Report, error_line, megabytes, millions
 
-__all__ = ["comparison", "inspection", "megabytes", "pass_list", "pass_page", "summary"]
+__all__ = ["comparison", "inspection", "pass_list", "pass_page", "summary"]
 
 # Refusals listed one by one before the rest is counted.
 LISTED = 8
@@ -50,9 +49,7 @@ def summary(report: Report, source: Path, destination: Path) -> None:
 def refusals(report: Report) -> list[str]:
     """What stayed in float or was left alone, and why, one line each."""
     lines = [f"note: {note}" for note in report.notes]
-    layers = {n["name"]: n for n in report.facts["integers"]["layers"] if not n["integer"]}
-    listed = [(n["name"], n["op"], n["reason"]) for n in layers.values()]
-    skipped = [(s.layer, p, s.why) for p, s in report.skipped if s.layer not in layers]
+    listed, skipped = report.in_float, report.left_alone
     for name, kind, why in listed[:LISTED]:
         lines.append(f"in float: {name} ({kind}): {why}")
     if len(listed) > LISTED:
@@ -62,22 +59,6 @@ def refusals(report: Report) -> list[str]:
     if len(skipped) > LISTED:
         lines.append(f"left alone: {len(skipped) - LISTED} more, see --json")
     return lines
-
-
-def error_line(output: dict[str, Any]) -> str:
-    """One output's error in a line."""
-    parts = []
-    if output.get("sqnr_db") is not None:
-        parts.append(f"SQNR {output['sqnr_db']:.1f} dB")
-    if output.get("cosine") is not None:
-        parts.append(f"cosine {output['cosine']:.5f}")
-    if output.get("top1_agreement") is not None:
-        parts.append(f"top-1 agreement {100 * output['top1_agreement']:.1f} %")
-    if output.get("equal") is not None:
-        parts.append(f"equal {100 * output['equal']:.1f} %")
-    if output["left_out"]:
-        parts.append(f"{output['left_out']} values that are NaN or infinite in both left out")
-    return ", ".join(parts) + f" on {output['samples']} samples"
 
 
 def comparison(result: Comparison) -> None:
@@ -163,16 +144,6 @@ def pass_page(name: str) -> None:
             table.add_row(option.name, option.takes, option.default_text or "required", meaning)
         _print(table)
     click.echo(f"In a recipe:\n\n{found.recipe}\n\nIn Python: onnxq.passes.{found.class_name}")
-
-
-def megabytes(count: int) -> str:
-    """Bytes for people: MB are millions of bytes."""
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
-
-
-def millions(count: int) -> str:
-    """A large count for people."""
-    return f"{count / 1e6:.1f} million" if count >= 1e6 else f"{count:,}"
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -42,7 +42,8 @@ class BiasCorrection:
     the left; by the analytic method layers of whose input nothing is known.
 
     Args:
-        method: "empirical", "analytic", or "auto": empirical where there are samples.
+        method: "empirical", "analytic", or "auto": empirical where there are samples; where those
+            are made up, analytic as far as batch normalization tells the mean.
         limit: Use at most so many calibration samples, spread evenly; 0 uses all.
 
     Source: Nagel et al. 2019 (arXiv 1906.04721), section 4.2.
@@ -63,11 +64,16 @@ class BiasCorrection:
         layers = [layer for layer in model.layers() if self._wanted(layer, changes)]
         if not layers:
             return changes
-        analytic = self.method == "analytic" or (self.method == "auto" and ctx.data is None)
-        if analytic:
+        means: dict[str, np.ndarray] = {}
+        estimates = 0
+        samples = self.method != "analytic" and ctx.data is not None
+        if self.method == "analytic" or (self.method == "auto" and not samples):
             means, estimates = self._expected(model, layers, changes)
-        else:
-            means, estimates = self._observed(model, layers, ctx, changes), 0
+        elif self.method == "auto" and ctx.is_synthetic:
+            means, _ = self._expected(model, layers, Changes(), estimates=False)
+        if samples or self.method == "empirical":
+            open_ = [layer for layer in layers if layer.name not in means]
+            means |= self._observed(model, open_, ctx, changes)
         for layer in layers:
             if layer.name in means:
                 encoding = model.encodings[layer.weight_tensor.name]
@@ -82,6 +88,8 @@ class BiasCorrection:
         self, model: Model, layers: Sequence[Layer], ctx: Context, changes: Changes
     ) -> dict[str, np.ndarray]:
         """The mean patch of each layer over the samples."""
+        if not layers:
+            return {}
         session = input_session(model, layers, ctx.threads)
         samples = ctx.spread(session, self.limit)
         with ctx.progress.task("correct biases", samples.length) as advance:
@@ -92,15 +100,17 @@ class BiasCorrection:
         return means
 
     def _expected(
-        self, model: Model, layers: Sequence[Layer], changes: Changes
+        self, model: Model, layers: Sequence[Layer], changes: Changes, *, estimates: bool = True
     ) -> tuple[dict[str, np.ndarray], int]:
         """The mean patch of each layer from batch normalization; how many are estimates."""
         known, unknown = propagate(model)
         shapes = shapes_of(model)
         means: dict[str, np.ndarray] = {}
-        estimates = 0
+        count = 0
         for layer in layers:
             x = known.get(layer.x.name)
+            if x is not None and x.estimated and not estimates:
+                continue
             if x is None:
                 changes.skip(layer.name, f"its input is not known: {unknown[layer.x.name]}")
                 continue
@@ -109,8 +119,8 @@ class BiasCorrection:
                 changes.skip(layer.name, mean)
                 continue
             means[layer.name] = mean
-            estimates += x.estimated
-        return means, estimates
+            count += x.estimated
+        return means, count
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
         if layer.weight_encoding is None:

@@ -15,6 +15,7 @@ from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, margins, widened
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
+from onnxq.kernels.observe import tally
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
@@ -26,10 +27,9 @@ __all__ = ["Calibrate"]
 BIAS_LIMIT = float(1 << 30)
 # Sharing a Concat's scale may raise the noise that an input's other readers see by this factor.
 SHARED_NOISE = 1.5
-# Samples from which the ranges of single channels are taken, and the values per channel from which
-# on those ranges are believed.
-CHANNEL_SAMPLES = 64
-MANY_VALUES = 10_000
+# Values from which on the range of a single channel is believed, and for each sample, so that
+# results without positions, such as scores of classes, are not.
+MANY_VALUES, MANY_A_SAMPLE = 100, 2
 # The range given to a weight of zeros: small, so that the scale of its bias is fine.
 ZERO_WEIGHT = 1e-3
 _FLOATS = (np.float16, np.float32, np.float64)
@@ -111,7 +111,7 @@ class Calibrate:
         _check_constants(model, placement)
         measured = _Activations(self, model, placement, ctx)
         activations = measured.encode()
-        activations.update(self._encode_exits(model, measured, ctx))
+        activations.update(self._encode_exits(measured))
         model.encodings.replace(activations)
         weights = self._encode_constants(model, placement)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
@@ -127,30 +127,20 @@ class Calibrate:
             )
         return changes
 
-    def _encode_exits(
-        self, model: Model, measured: _Activations, ctx: Context
-    ) -> dict[str, Encoding]:
+    def _encode_exits(self, measured: _Activations) -> dict[str, Encoding]:
         """Encodings per channel for results of convolutions that leave the integers."""
-        dtype = Format.parse(self.activations).dtype
-        if dtype != "uint8":  # onnxruntime on x64 turns int8 into uint8, but not per channel
-            return {}
-        exits, bounds = measured.placement.exits, measured.placement.bounds
-        channels = {layer.name: layer.output_channels for layer in model.layers()}
-        names = [n for n in exits if bounds.get(n, (0.0, np.inf)) == (0.0, np.inf)]
         found = {}
-        for name in [n for n in names if n in measured.known]:
-            low, high = measured.known[name].extremes(SIGMAS)
-            found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
-        names = [
-            n
-            for n in names
-            if n not in found and _many_values(measured.statistics[n], channels[exits[n]])
-        ]
-        for name, (low, high) in ctx.channel_ranges(model, names, CHANNEL_SAMPLES).items():
-            low, high = _with_margin(low, high)
-            if ctx.is_synthetic:
-                low, high = low * UNSEEN, high * UNSEEN
-            found[name] = Encoding.of_ranges(low, high, dtype, axis=1)
+        for name in measured.exits:
+            seen = measured.statistics[name].channels
+            if name in measured.known:
+                low, high = measured.known[name].extremes(SIGMAS)
+            elif seen is not None and _many_values(measured.statistics[name], seen.shape[1]):
+                low, high = _with_margin(*seen)
+                margin = measured.margins.get(name, 1.0)
+                low, high = low * margin, high * margin
+            else:
+                continue
+            found[name] = Encoding.of_ranges(low, high, measured.format.dtype, axis=1)
         return found
 
     def _encode_constants(self, model: Model, placement: Placement) -> int:
@@ -220,13 +210,12 @@ class Calibrate:
         )
 
 
-def _many_values(seen: TensorStatistics, channels: int) -> bool:
+def _many_values(known: TensorStatistics, channels: int) -> bool:
     """Whether the samples gave each channel enough values to believe its range.
 
     A class that no sample belongs to has shown none of its large logits.
     """
-    share = min(1.0, CHANNEL_SAMPLES / max(seen.batches, 1))
-    return share * seen.count >= MANY_VALUES * channels
+    return known.count >= max(MANY_VALUES, MANY_A_SAMPLE * known.batches) * channels
 
 
 def _with_margin(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -255,6 +244,7 @@ class _Activations:
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
+        self.exits = self._exits()
         self.known: dict[str, Distribution] = {}
         measured = self._statistics(model, ctx, observed, histogram)
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
@@ -290,20 +280,32 @@ class _Activations:
         self, model: Model, ctx: Context, names: Sequence[str], histogram: bool
     ) -> Mapping[str, TensorStatistics]:
         """From the samples, or as far as possible from batch normalization."""
-        if self.step.ranges == "samples" and ctx.has_statistics(names):
-            return ctx.statistics(model, names, histogram=histogram)
+        if self.step.ranges == "samples" and ctx.has_statistics(names, self.exits):
+            return ctx.statistics(model, names, histogram=histogram, channels=self.exits)
         known, unknown = propagate(model)
+        if ctx.has_statistics(names):  # samples, made-up ones, too, are worth more than estimates
+            known = {n: d for n, d in known.items() if not d.estimated}
         lacking = [n for n in names if n not in known]
-        if lacking and not ctx.has_statistics(lacking):
+        exits = [n for n in self.exits if n in lacking]
+        if lacking and not ctx.has_statistics(lacking, exits):
             says = "; ".join(f"{n}: {unknown[n]}" for n in lacking[:NAMED])
             more = f" and {len(lacking) - NAMED} more" if len(lacking) > NAMED else ""
             raise CalibrationError(
                 f"this needs calibration samples: nothing is known of {says}{more}",
                 fix="give data (--calib PATH), real or synthetic, or exclude the nodes",
             )
-        measured = ctx.statistics(model, lacking, histogram=histogram) if lacking else {}
+        measured = (
+            ctx.statistics(model, lacking, histogram=histogram, channels=exits) if lacking else {}
+        )
         self.known = {n: known[n] for n in names if n in known}
         return {**{n: statistics_of(d, SIGMAS) for n, d in self.known.items()}, **measured}
+
+    def _exits(self) -> list[str]:
+        """Results of convolutions that may have a range per channel."""
+        if self.format.dtype != "uint8":  # onnxruntime on x64 makes int8 uint8, not per channel
+            return []
+        free = (0.0, np.inf)
+        return [n for n in self.placement.exits if self.placement.bounds.get(n, free) == free]
 
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
@@ -356,7 +358,7 @@ class _Activations:
             for name, total in weights.items():
                 power = float(np.square(feed[name], dtype=np.float64).mean())
                 if power > 0:
-                    total += np.histogram(feed[name], edges[name])[0] / (feed[name].size * power)
+                    total += tally(feed[name], edges[name]) / (feed[name].size * power)
         return {
             n: gate_range(
                 (e[1:] + e[:-1]) / 2, weights[n], e[0], e[-1], _same, 1 << self.format.bits

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.analysis.distribution import propagate
 from onnxq.coupling import Ceiling, Coupling, Side, couple
 from onnxq.kernels import equalize as kernels
 from onnxq.model import BatchNormStatistics, Layer, Model
@@ -75,7 +75,8 @@ class CrossLayerEqualization:
             for ceiling in coupling.ceilings:
                 why = f"it goes through {ceiling.node.name} ({ceiling.node.op})"
                 coupling.fixed.update(dict.fromkeys(ceiling.classes.tolist(), why))
-        scale, sweeps = self._solve(coupling, self._activations(model, coupling, ctx))
+        ranges = self._ranges(model, coupling, ctx)
+        scale, sweeps = self._solve(coupling, ranges)
         moved = np.abs(np.log(scale)) > self.tolerance
         for name, why in coupling.refused.items():
             changes.skip(name, why)
@@ -85,32 +86,45 @@ class CrossLayerEqualization:
         if not moved.any():
             return changes
         rewrite = _Rewrite(model, coupling, np.where(moved, scale, 1.0), changes)
-        tops = _tops(model, coupling.ceilings, ctx)
         rewrite.layers()
         rewrite.constants()
-        rewrite.ceilings(tops)
+        rewrite.ceilings(ranges)
         rewrite.batch_norms()
         pairs = sum(bool(moved[s.classes].any()) for s in coupling.outputs)
         changes.add(f"channels of {pairs} layers scaled, {sweeps} sweeps")
         return changes
 
-    def _activations(self, model: Model, coupling: Coupling, ctx: Context) -> dict[str, np.ndarray]:
-        """Largest magnitude of each channel of what layers read, by tensor."""
-        if self.balance == "weights":
-            return {}
-        tensors = {s.layer.x.name: s.layer.x for s in coupling.inputs}
-        # channels along axis 1
-        names = [
-            s.layer.x.name
-            for s in coupling.inputs
-            if s.layer.op == "Conv" or len(tensors[s.layer.x.name].shape or ()) == 2
-        ]
-        found = ctx.channel_ranges(model, list(dict.fromkeys(names)))
-        return {n: np.maximum(-low, high) for n, (low, high) in found.items()}
+    def _ranges(
+        self, model: Model, coupling: Coupling, ctx: Context
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Least and greatest value of each channel, by tensor.
+
+        Of what layers read, if that is to be balanced, and of what comes before each Clip: on the
+        samples, or by batch normalization where there are none but made-up ones.
+        """
+        names = [c.node.inputs[0].name for c in coupling.ceilings]
+        if self.balance != "weights":
+            for side in coupling.inputs:
+                x = side.layer.x  # channels along axis 1
+                if side.layer.op == "Conv" or (x.shape is not None and len(x.shape) == 2):
+                    names.append(x.name)
+        names = list(dict.fromkeys(names))
+        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if ctx.data is None or ctx.is_synthetic:
+            known, _ = propagate(model)
+            for name in names:
+                if name in known and not known[name].estimated:
+                    found[name] = known[name].extremes(DEVIATIONS)
+        if ctx.data is not None:
+            found |= ctx.channel_ranges(model, [n for n in names if n not in found])
+        return found
 
     def _solve(
-        self, coupling: Coupling, activations: dict[str, np.ndarray]
+        self, coupling: Coupling, ranges: dict[str, tuple[np.ndarray, np.ndarray]]
     ) -> tuple[np.ndarray, int]:
+        activations = {n: np.maximum(-low, high) for n, (low, high) in ranges.items()}
+        if self.balance == "weights":
+            activations = {}
         scale = np.ones(coupling.count)
         packed = _Packed.of(coupling, activations)
         if packed is None:
@@ -233,13 +247,14 @@ class _Rewrite:
                 name = f"{constant.node.name}.constant"
                 constant.node.inputs[constant.index] = self.model.constant(name, values)
 
-    def ceilings(self, tops: dict[str, np.ndarray]) -> None:
-        """Relu with a bound per channel for each Clip; `tops`: how high its channels get."""
+    def ceilings(self, ranges: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+        """Relu with a bound per channel for each Clip; `ranges`: how far its channels went."""
         added = []
         for ceiling in self.coupling.ceilings:
             if not self._moves(ceiling.classes):
                 continue
-            node, top = ceiling.node, tops.get(ceiling.node.name)
+            node = ceiling.node
+            _, top = ranges.get(node.inputs[0].name, (None, None))
             while len(node.inputs) > 1:
                 node.inputs.pop()
             node.op, node.attrs = "Relu", {}
@@ -268,18 +283,3 @@ class _Rewrite:
                 self.model.batch_norms[name] = BatchNormStatistics(
                     (known.gamma / by).astype(np.float32), (known.beta / by).astype(np.float32)
                 )
-
-
-def _tops(model: Model, ceilings: Sequence[Ceiling], ctx: Context) -> dict[str, np.ndarray]:
-    """How high the channels get before each Clip: on the samples, or else by batch statistics."""
-    found = {}
-    if ctx.data is not None:
-        names = {c.node.inputs[0].name: c.node.name for c in ceilings}
-        for name, (_, high) in ctx.channel_ranges(model, [*names]).items():
-            found[names[name]] = high
-        return found
-    for ceiling in ceilings:
-        known = model.batch_norms.get(ceiling.node.inputs[0].name)
-        if known is not None:
-            found[ceiling.node.name] = known.beta + DEVIATIONS * np.abs(known.gamma)
-    return found

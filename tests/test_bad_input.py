@@ -686,7 +686,7 @@ DESTINATIONS = {
 }
 
 
-@pytest.mark.parametrize("option", [None, "--json", "--save-encodings", "--statistics"])
+@pytest.mark.parametrize("option", [None, "--json", "--report", "--save-encodings", "--statistics"])
 @pytest.mark.parametrize("name", DESTINATIONS)
 def test_destinations_are_checked_before_the_work(name, option, tmp_path, monkeypatch):
     def work(*args, **options):
@@ -707,7 +707,7 @@ def test_destinations_are_checked_before_the_work(name, option, tmp_path, monkey
 def test_two_outputs_of_one_name(tmp_path):
     source, *rest = digits()(tmp_path)
     out = tmp_path / "out"
-    for option in ("--json", "--save-encodings", "--statistics"):
+    for option in ("--json", "--report", "--save-encodings", "--statistics"):
         result = onnxq("quantize", source, out, *rest, option, tmp_path / "." / "out")
         check(result, "is given for two outputs", "out", "name another file")
     assert [p.name for p in tmp_path.iterdir()] == ["in.onnx"]
@@ -761,7 +761,7 @@ def test_no_space_for_the_model(tmp_path, monkeypatch, old):
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("option", ["--json", "--save-encodings"])
+@pytest.mark.parametrize("option", ["--json", "--report", "--save-encodings"])
 def test_no_space_for_what_goes_with_it(tmp_path, monkeypatch, option):
     source, *rest = small()(tmp_path)
     before = tree(tmp_path)

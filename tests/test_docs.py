@@ -131,7 +131,7 @@ def test_parts_of_a_docstring():
     assert {o.name: m for o, m in found.options}["largest"] == "Greatest scale."
     assert found.source.startswith("the equalization of Nagel et al. 2019")
     points = next(b for b in page("calibrate").blocks if b.kind == "list").items
-    assert len(points) == 5
+    assert len(points) == 6
     assert points[1].startswith("The inputs of a Concat take the encoding of its result, unless")
     assert "\n" not in points[1]
 

@@ -1,1 +1,1 @@
-"""Facts about a graph: what it costs, how far two models are apart, what fuses."""
+"""Facts about a graph: cost, weight ranges, how far two models are apart, what fuses."""

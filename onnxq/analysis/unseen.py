@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -62,6 +62,8 @@ def widened(
 
 def _has_one_position(tensor: gs.Tensor, seen: TensorStatistics) -> bool:
     """Whether a sample gives each channel one value."""
-    shape = tensor.shape or ()
-    row = np.prod([size for size in shape[:2] if isinstance(size, int)])
-    return len(shape) >= 2 and isinstance(shape[1], int) and seen.count <= seen.batches * row
+    shape: Sequence[object] = tensor.shape or ()
+    if len(shape) < 2 or not isinstance(shape[1], int):
+        return False
+    batch = shape[0] if isinstance(shape[0], int) else 1
+    return seen.count <= seen.batches * batch * shape[1]

@@ -175,3 +175,25 @@ def test_values_that_are_not_finite_are_counted(bad, where):
 @quietly
 def test_float64_beyond_float32_is_not_finite():
     assert kernels.moments(np.array([1.0, 1e300, -1e300])).strange == 2
+
+
+@given(anything.filter(len), anything, st.sampled_from([1, 2, 7, 4096]))
+@quietly
+def test_tally_is_the_histogram_of_numpy(x, y, bins):
+    low, high = float(x.min()), float(x.max())
+    edges = np.linspace(low, high if low < high else 2 * abs(low) + 1, bins + 1)
+    every = np.concatenate([x, y, edges.astype(np.float32)])
+    np.testing.assert_array_equal(kernels.tally(every, edges), np.histogram(every, edges)[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_tally_of_many_values(dtype):
+    x = np.random.default_rng(0).normal(size=(3, 50_000)).astype(dtype)[:, ::2]
+    edges = np.linspace(-2, 3, 4097)
+    wanted = np.histogram(x.astype(np.float32), edges)[0]
+    np.testing.assert_array_equal(kernels.tally(x, edges), wanted)
+
+
+def test_tally_leaves_out_what_is_no_number():
+    x = np.array([np.nan, -np.inf, np.inf, 0.5, 1, 0], np.float32)
+    np.testing.assert_array_equal(kernels.tally(x, np.array([0.0, 0.5, 1.0])), [1, 2])

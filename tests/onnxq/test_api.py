@@ -1,5 +1,7 @@
 """The verbs as functions: files appear whole or not at all, errors say what to mend."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -17,6 +19,7 @@ from onnxq.errors import (
 )
 from onnxq.passes import Calibrate, InsertQDQ
 from onnxq.recipe import Recipe
+from onnxq.runtime import Session
 from tests import models
 from tests.models import parse
 
@@ -270,3 +273,54 @@ def test_inspect(source):
     assert found.layers[0].spread >= 1
     plain = found.to_dict()
     assert plain["layers"][1]["weight_shape"] == [5, 4, 3, 3]
+
+
+# ---------------------------------------------------------------------- without samples
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+
+
+def accuracy(path):
+    with np.load(DIGITS / "test.npz") as test:
+        got = Session(path).run({"input": test["input"]})["logits"].argmax(axis=1)
+        return float((got == test["labels"]).mean())
+
+
+@pytest.mark.parametrize("weights", ["int8/channel", "int8/tensor"])
+def test_no_samples_are_needed_behind_batch_normalization(weights, tmp_path):
+    out = tmp_path / "q.onnx"
+    _, report = onnxq.quantize(DIGITS / "digits.onnx", out, data_free=True, weights=weights)
+    assert any("synthetic samples" in note for note in report.notes)
+    assert [p.name for p in report.passes][-2:] == ["bias-correction", "insert-qdq"]
+    assert report.facts["integers"]["share"] == 1
+    assert accuracy(out) >= accuracy(DIGITS / "digits.onnx") - 0.01
+
+
+def test_samples_and_none_exclude_one_another(source, tmp_path):
+    with pytest.raises(CalibrationError, match="none are wanted"):
+        onnxq.quantize(source, tmp_path / "out.onnx", data(), data_free=True)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_one_scale_per_weight_takes_its_recipe(source):
+    _, report = onnxq.quantize(source, None, data(), weights="int8/tensor")
+    assert "cross-layer-equalization" in [p.name for p in report.passes]
+    _, report = onnxq.quantize(source, None, data(), weights="int8/tensor", recipe="minmax")
+    assert "cross-layer-equalization" not in [p.name for p in report.passes]
+
+
+def test_equalize_model_keeps_the_function_and_the_model():
+    model = onnxq.load(DIGITS / "digits.onnx")
+    before = model.to_proto().SerializeToString(deterministic=True)
+    even, report = onnxq.equalize_model(model)
+    assert model.to_proto().SerializeToString(deterministic=True) == before
+    assert [p.name for p in report.passes][-2:] == [
+        "cross-layer-equalization",
+        "high-bias-absorption",
+    ]
+    assert report.passes[-2].changes
+    with np.load(DIGITS / "test.npz") as test:
+        feed = {"input": test["input"][:64]}
+    wanted, got = (Session(m.to_proto()).run(feed)["logits"] for m in (model, even))
+    noise = np.square(got - wanted).mean() / np.square(wanted).mean()
+    assert noise < 1e-4  # equalization is exact, absorption gives up what hardly ever occurs

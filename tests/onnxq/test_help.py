@@ -79,7 +79,7 @@ def test_the_recipe_of_the_help_is_one():
     ]
 
 
-@pytest.mark.parametrize("flag", ["--json", "--save-encodings", "--statistics"])
+@pytest.mark.parametrize("flag", ["--json", "--report", "--save-encodings", "--statistics"])
 @pytest.mark.parametrize("place", ["missing/file", "."])
 def test_files_that_cannot_be_written_are_refused_at_once(flag, place, tmp_path):
     out = tmp_path / "out.onnx"

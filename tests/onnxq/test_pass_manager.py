@@ -11,7 +11,7 @@ from onnxq.model import load
 from onnxq.pass_manager import Changes, Context, Pass, PassManager, options
 from onnxq.passes import GPTQ, Calibrate, Clean, InsertQDQ
 from tests import models
-from tests.checks import ops
+from tests.checks import ops, run
 from tests.models import parse
 
 TEXT = (
@@ -201,6 +201,19 @@ def test_statistics_that_are_given_are_used():
     assert ctx.statistics(model, ["r"]) is given
     with pytest.raises(CalibrationError, match="samples"):
         ctx.statistics(model, ["c"])
+    with pytest.raises(CalibrationError, match="samples"):
+        ctx.statistics(model, ["r"], channels=["r"])
+
+
+def test_statistics_are_collected_anew_for_more_channels():
+    model, ctx = load(parse(TEXT)), Context(data())
+    without = ctx.statistics(model, ["x", "r"])
+    found = ctx.statistics(model, ["x", "r"], channels=["r"])
+    assert found is not without
+    assert ctx.statistics(model, ["r"]) is found
+    stacked = np.concatenate([run(model.to_proto(["r"]), feed)["r"] for feed in data()])
+    wanted = [stacked.min(axis=(0, 2, 3)), stacked.max(axis=(0, 2, 3))]
+    np.testing.assert_allclose(found["r"].channels, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize("opset", [13, 18])

@@ -218,7 +218,8 @@ def test_load_errors(tmp_path):
     with pytest.raises(RecipeError, match=r"no recipe 'defualt'; did you mean default\?$"):
         recipe.load("defualt")
     with pytest.raises(
-        RecipeError, match="no recipe 'zzz'; recipes are default, per-tensor, minmax, or give"
+        RecipeError,
+        match="no recipe 'zzz'; recipes are default, per-tensor, data-free, minmax, or give",
     ):
         recipe.load("zzz")
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe4"')

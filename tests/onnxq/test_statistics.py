@@ -55,7 +55,10 @@ def tensor(x, histogram=True):
 
 
 def assert_same(a, b, rel=0.0):
-    assert (a.bins is None) == (b.bins is None)
+    for name in ("bins", "channels"):
+        assert (getattr(a, name) is None) == (getattr(b, name) is None)
+    if a.channels is not None:
+        np.testing.assert_array_equal(a.channels, b.channels)
     if a.bins is not None:
         np.testing.assert_array_equal(a.bins, b.bins)
         assert (a.exponent, a.offset) == (b.exponent, b.offset)
@@ -108,10 +111,43 @@ def test_observe_without_histograms(session):
     assert_same(with_bins, without)
 
 
+def test_extremes_of_channels(session):
+    samples = draw(7)
+    found = observe(session, NAMES, samples, channels=["clipped", "half"])
+    assert [n for n, t in found.items() if t.channels is not None] == ["clipped", "half"]
+    x = np.concatenate([s["x"] for s in samples])
+    for name, values in {"clipped": np.maximum(x, 0), "half": x.astype(np.float16)}.items():
+        np.testing.assert_array_equal(found[name].channels, [values.min(0), values.max(0)])
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_channels_lie_along_the_second_axis(rank):
+    shape = (2, 5, 3, 1, 4)[:rank]
+    sides = ",".join("N" * rank)
+    text = f"g (float[{sides}] x) => (float[{sides}] y) {{ y = Neg(x) }}"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    found = observe(Session(proto.SerializeToString()), ["y"], [{"x": x}], channels=["y"])
+    rows = np.moveaxis(-x, 1, 0).reshape(5, -1)
+    np.testing.assert_array_equal(found["y"].channels, [rows.min(1), rows.max(1)])
+
+
+def test_channels_that_are_not_there(session):
+    k = np.array([0])
+    samples = [{"x": np.ones((2, width), np.float32), "k": k} for width in (3, 4)]
+    with pytest.raises(ModelError, match=r"number of its channels varies.*tensor y"):
+        observe(session, ["y"], samples, channels=["y"])
+    text = "g (float[N] x) => (float[N] y) { y = Neg(x) }"
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    flat = Session(proto.SerializeToString())
+    with pytest.raises(ModelError, match=r"no channels.*tensor y"):
+        observe(flat, ["y"], [{"x": np.ones(3, np.float32)}], channels=["y"])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(session, threads):
-    expected = observe(session, NAMES, draw(20))
-    found = observe(session, NAMES, draw(20), threads=threads)
+    expected = observe(session, NAMES, draw(20), channels=["y"])
+    found = observe(session, NAMES, draw(20), channels=["y"], threads=threads)
     assert list(found) == list(expected)
     for name in expected:
         assert_same(found[name], expected[name])
@@ -303,8 +339,11 @@ def test_ranges_that_need_a_histogram():
 
 def test_merged_shards_are_the_whole(session):
     samples = draw(9)
-    whole = observe(session, NAMES, samples)
-    parts = [observe(session, NAMES, samples[a:b]) for a, b in ((0, 2), (2, 3), (3, 9))]
+    whole = observe(session, NAMES, samples, channels=["x", "y"])
+    parts = [
+        observe(session, NAMES, samples[a:b], channels=["x", "y"])
+        for a, b in ((0, 2), (2, 3), (3, 9))
+    ]
     merged = parts[2].merge(parts[0]).merge(parts[1])
     for name, t in whole.items():
         m = merged[name]
@@ -330,6 +369,16 @@ def test_merging_nothing(laplace):
     assert laplace.merge(TensorStatistics()).bins is None
 
 
+def test_channels_are_merged_where_both_have_them():
+    a, b = (tensor(np.float32(v)) for v in ([1, 4], [2, 3]))
+    a.channels, b.channels = np.float32([[1, 3], [2, 4]]), np.float32([[2, 2], [2, 3]])
+    np.testing.assert_array_equal(a.merge(b).channels, [[1, 2], [2, 4]])
+    np.testing.assert_array_equal(a.channels, [[1, 3], [2, 4]])
+    b.channels = b.channels[:, :1]
+    assert a.merge(b).channels is None
+    assert a.merge(tensor(np.float32([0]))).channels is None
+
+
 def test_histograms_that_do_not_merge(laplace):
     with pytest.raises(CalibrationError, match="2048 and 16 bins do not merge"):
         laplace.merge(TensorStatistics(bins=np.zeros(16, np.int64)))
@@ -346,7 +395,7 @@ def test_merged_names_and_metadata():
 
 
 def test_save_and_load(session, laplace, tmp_path):
-    tensors = dict(observe(session, NAMES, draw(3))) | {"λ/é:0": laplace}
+    tensors = dict(observe(session, NAMES, draw(3), channels=["y"])) | {"λ/é:0": laplace}
     tensors |= {"no bins": tensor(np.float32([-1]), histogram=False), "none": TensorStatistics()}
     tensors["empty"] = TensorStatistics(bins=np.zeros(kernels.BINS, np.int64))
     saved = Statistics(tensors, {"model": "abc", "samples": "3"})
@@ -405,7 +454,12 @@ def test_files_that_are_something_else(tmp_path, laplace):
     about = json.loads(str(arrays.pop("about")))
     wrong = arrays["bins0"].copy()
     wrong[0] += 1
+    low, high = laplace.minimum, laplace.maximum
     for change, text in (
+        ({"channels0": np.float32([[low, 0], [1, 2 * high]])}, "do not add up"),
+        ({"channels0": np.float32([[low / 2, 0], [1, high]])}, "do not add up"),
+        ({"channels0": np.float32([low, high])}, "do not add up"),
+        ({"channels0": np.float32([[low], [1], [high]])}, "do not add up"),
         ({"about": about | {"format": "other"}}, "its format is 'other'"),
         ({"about": {}}, "format"),
         ({"bins0": wrong}, "do not add up"),

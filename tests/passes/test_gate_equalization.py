@@ -30,7 +30,7 @@ def imbalanced(text=PLAIN, weight="v", shape=(4, 8, 3, 3), axis=1, **more):
 
 
 def samples(proto):
-    return [models.feeds(proto, seed=seed, batch=8) for seed in range(8)]
+    return [models.feeds(proto, seed=seed) for seed in range(8)]
 
 
 def equalized(proto):

@@ -1,0 +1,163 @@
+"""The benchmarks run, measure what they say, and tell when they cannot."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODEL, CALIB = (ROOT / "examples" / "digits" / name for name in ("digits.onnx", "calib"))
+
+
+@pytest.fixture
+def scripts(monkeypatch, tmp_path):
+    """The benchmarks as modules, found as they find one another; results go to tmp_path."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    names = ("_zoo", "calibration", "latency")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    import _zoo
+    import calibration
+    import latency
+
+    monkeypatch.setattr(_zoo, "OUT", tmp_path)
+    yield {"_zoo": _zoo, "calibration": calibration, "latency": latency}
+    for name in names:
+        del sys.modules[name]
+
+
+def rows(text):
+    """The cells of a Markdown table by the first one of their row."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+
+
+def test_calibration(scripts, tmp_path, capsys):
+    arguments = ["--model", str(MODEL), "--calib", str(CALIB), "--quick", "--no-memory"]
+    scripts["calibration"].main(arguments)
+    facts = json.loads((tmp_path / "calibration.json").read_text())
+    assert facts["model"] == "digits"
+    taken = facts["seconds"]["taken"]
+    assert len(taken["bare"]) == len(taken) - 1 == 1 + 5 + 5 + 4
+    assert all(wall > 0 and processor > 0 for t in taken.values() for wall, processor in t)
+    table = rows(capsys.readouterr().out)
+    assert set(table) >= {"minmax", "moving-average", "percentile", "entropy", "mse"}
+    assert table["mse"][2] == "has none"
+
+
+def test_both_calibrators_see_the_same_values(scripts, tmp_path):
+    calibration = scripts["calibration"]
+    feeds = [*scripts["_zoo"].stream(CALIB, 5)]
+    model = calibration.prepared(MODEL, feeds)
+    model.save(tmp_path / "m.onnx")
+    ours = calibration.ours(model, calibration.encoded(model, feeds), feeds, "minmax")
+    theirs = calibration.theirs(tmp_path / "m.onnx", feeds, "minmax")
+    assert len(ours) >= 5
+    for name, (low, high) in ours.items():
+        seen = [float(v.reshape(())) for v in theirs[name].range_value]
+        assert (low, high) == pytest.approx((min(seen[0], 0), max(seen[1], 0)), rel=1e-5, abs=1e-6)
+
+
+def test_ratios_are_those_of_the_best(scripts):
+    calibration = scripts["calibration"]
+    taken = {"bare": [(4.0, 9.0), (2.0, 5.0)], "single": [(3.5, 3.0), (3.0, 4.0)]}
+    for method in calibration.METHODS:
+        taken[f"here {method}"] = [(9.0, 6.0), (3.1, 9.0)]
+        taken[f"pass {method}"] = [(5.0, 7.5)]
+    text = calibration.time_table({"tensors": {"here": 2, "onnxruntime": 3}, "taken": taken})
+    minmax, mse = (rows(text)[method] for method in ("minmax", "mse"))
+    assert minmax[0] == "3.10 s, 1.55x, processor 2.00x"
+    assert minmax[1:] == ["5.00 s, 2.50x, processor 2.50x", "has none", "1.5x **missed**"]
+    assert mse[3] == "2.0x"
+
+
+def test_peak_of_a_fresh_process():
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "calibration.py",
+        "--peak",
+        "bare",
+        "inference",
+    ]
+    command += ["2", "--model", MODEL, "--calib", CALIB]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    assert 20e6 < json.loads(done.stdout)["peak"] < 2e9
+
+
+def test_memory_that_is_not_there(scripts, monkeypatch):
+    calibration = scripts["calibration"]
+    monkeypatch.setattr(calibration, "available", lambda: 1e6)
+    needed = calibration.consume("onnxruntime", "percentile", MODEL, CALIB, 1000)["needed"]
+    assert (
+        needed == 10 * calibration.consume("onnxruntime", "percentile", MODEL, CALIB, 100)["needed"]
+    )
+    row = {"who": "a", "method": "b", "10": {"peak": 5e6}, "100": {"needed": needed}}
+    table = rows(calibration.memory_table([row]))
+    assert table["a b"] == ["5", f"not run: {needed / 1e6:.0f} needed"]
+
+
+def test_latency(scripts, tmp_path, capsys):
+    scripts["latency"].main([str(MODEL), "--calib", str(CALIB), "--quick"])
+    (row,) = json.loads((tmp_path / "latency.json").read_text())
+    assert row["model"] == "digits"
+    assert list(row["ms"]) == ["float", "onnxq", "onnxruntime"]
+    for low, median, high in row["ms"].values():
+        assert 0 < low <= median <= high
+    cells = rows(capsys.readouterr().out)["digits"]
+    ms = {name: quartiles[1] for name, quartiles in row["ms"].items()}
+    for cell, (top, under) in zip(
+        cells[3:6],
+        [("onnxq", "float"), ("onnxruntime", "float"), ("onnxq", "onnxruntime")],
+        strict=True,
+    ):
+        assert float(cell) == pytest.approx(ms[top] / ms[under], abs=0.006)
+
+
+def test_what_onnxruntime_cannot_quantize_is_told(scripts, tmp_path, monkeypatch):
+    latency = scripts["latency"]
+    ways = []
+
+    def fails(start, result, reader, **options):
+        assert isinstance(next(iter(reader.get_next().values())), np.ndarray)
+        ways.append(start)
+        raise ValueError("no way\nat all")
+
+    monkeypatch.setattr(latency, "quant_pre_process", lambda source, target, **options: None)
+    monkeypatch.setattr(latency, "quantize_static", fails)
+    told = latency.theirs(MODEL, tmp_path, [*scripts["_zoo"].stream(CALIB, 2)])
+    assert ways == [tmp_path / "prepared.onnx"] * 2 + [MODEL]
+    wanted = ["pre-processing", "without symbolic shapes", "without pre-processing"]
+    assert told == [f"{way}: no way" for way in wanted]
+    row = {"model": "m", "ms": {"float": [1, 2, 3], "onnxq": [1, 1, 1]}, "notes": told}
+    assert rows(latency.table([row]))["m"][2:6] == ["fails", "0.50", "", ""]
+
+
+def test_models_that_are_slower_are_named(scripts):
+    def row(name, onnxq, onnxruntime):
+        ms = {"float": 9.0, "onnxq": onnxq, "onnxruntime": onnxruntime}
+        return {"model": name, "ms": {k: [0, v, 99] for k, v in ms.items()}, "notes": []}
+
+    text = scripts["latency"].table([row("a", 1.04, 1), row("b", 1.06, 1), row("c", 2, 1)])
+    assert text.endswith("by over 5%: b, c")
+    assert scripts["latency"].table([row("a", 1.04, 1)]).endswith("by over 5%: none")
+
+
+def test_samples_are_read_over_again_where_there_are_too_few(scripts):
+    feeds = [f["input"] for f in scripts["_zoo"].stream(CALIB, 101)]
+    np.testing.assert_array_equal(feeds[100], feeds[0])
+    assert not np.array_equal(feeds[1], feeds[0])
+
+
+def test_without_the_zoo_a_benchmark_says_so_and_make_goes_on(scripts, monkeypatch, capsys):
+    monkeypatch.delenv("ONNXQ_ZOO", raising=False)
+    for name in ("calibration", "latency"):
+        with pytest.raises(SystemExit) as left:
+            scripts[name].main([])
+        assert left.value.code == scripts["_zoo"].SKIPPED
+        assert "set ONNXQ_ZOO" in capsys.readouterr().err
+    bench = re.search(r"^bench:.*(?:\n\t.*)+", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
+    assert f"[ $$? = {scripts['_zoo'].SKIPPED} ]" in bench
