@@ -55,7 +55,7 @@ SIZES: dict[Kind, tuple[int, ...]] = {
 _PASSED = frozenset({"Cast", "Sub", "Add", "Mul", "Div", "Concat"})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Synthetic(Sequence[Feed]):
     """Samples made up for a model, one feed per run; `Calibration` takes it as its source.
 
@@ -352,7 +352,7 @@ def _draw_ones(
 def _kind(model: Model, spec: TensorSpec, tensor: gs.Tensor) -> Kind:
     """What an input is taken for."""
     shape = spec.shape
-    if shape is None or spec.dtype is None:
+    if shape is None or tensor.shape is None or spec.dtype is None:
         raise CalibrationError(
             "no samples can be made up for an input of unknown rank or type",
             where=spec,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
@@ -11,6 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.analysis.distribution import Distribution, propagate, statistics_of
+from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, margins, widened
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
@@ -38,16 +39,6 @@ INPUT_BINS = 4096
 SIGMAS = 6.0
 # So many tensors are named where nothing is known of them.
 NAMED = 3
-# What synthetic samples did not show: inner ranges, and those of what comes after the last layers,
-# where real samples of a class give greater numbers than anything that is made up.
-UNSEEN, UNSEEN_RESULTS = 1.1, 2.0
-# Ranges that functions cannot leave.
-_LIMITS = {
-    "HardSigmoid": (0.0, 1.0),
-    "Sigmoid": (0.0, 1.0),
-    "Softmax": (0.0, 1.0),
-    "Tanh": (-1.0, 1.0),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +60,7 @@ class Calibrate:
        scale and zero point per channel: the runtime multiplies them into the weight's scales, so
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
-    6. Ranges that synthetic samples showed are widened, twofold after the last layers.
+    6. Ranges that synthetic samples showed are widened by a tenth, those of class scores twofold.
 
     Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
     normalization lets expect: behind it a channel is N(beta, gamma^2), and
@@ -131,8 +122,8 @@ class Calibrate:
         changes.add(f"{weights} weights: {self.weights}")
         if ctx.is_synthetic:
             changes.add(
-                f"ranges widened by {UNSEEN:g}, after the last layers by {UNSEEN_RESULTS:g}: what"
-                " synthetic samples do not show"
+                f"ranges widened by {UNSEEN:g}, of class scores by {UNSEEN_CLASSES:g}:"
+                " synthetic samples do not show all"
             )
         return changes
 
@@ -263,9 +254,9 @@ class _Activations:
             if out in joined:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
+        self.tensors = model.tensors()
         seen = [n for n in roots if not self._is_derived(n)]
-        self.margins = _margins(model, seen) if ctx.is_synthetic else {}
-        self.producers = {n: producer(t) for n, t in model.tensors().items()}
+        self.margins = margins(model, self.statistics, seen) if ctx.is_synthetic else {}
 
     def _is_derived(self, name: str) -> bool:
         """Whether batch normalization tells the range, of a Concat that of each input."""
@@ -326,7 +317,9 @@ class _Activations:
         return {name: encodings[root] for name, root in self.source.items()}
 
     def _encode(self, name: str) -> Encoding:
-        low, high = self._widened(name, *self._range(name))
+        low, high = self._range(name)
+        if name in self.margins:
+            low, high = widened(self.tensors[name], low, high, self.margins[name])
         bounds = self.placement.bounds.get(name)
         if bounds is None:
             return Encoding.of_range(low, high, self.format.dtype)
@@ -344,13 +337,6 @@ class _Activations:
             low, high = min(known.minimum, 0.0), max(known.maximum, 0.0)
             return gate_range(centres, known.bins, low, high, gate, 1 << self.format.bits)
         return known.range(self.step.method, bits=self.format.bits, percentile=self.step.percentile)
-
-    def _widened(self, name: str, low: float, high: float) -> tuple[float, float]:
-        """The range with room for what the samples could not show."""
-        margin = self.margins.get(name, 1.0)
-        node = self.producers[name]
-        least, most = _LIMITS.get("" if node is None else node.op, (-np.inf, np.inf))
-        return max(low * margin, min(low, least)), min(high * margin, max(high, most))
 
     def _input_ranges(self, model: Model, ctx: Context) -> dict[str, tuple[float, float]]:
         """Ranges of the model's inputs of least error relative to each sample's power.
@@ -390,18 +376,6 @@ class _Activations:
             return True  # rounding once, to the joint grid, beats rounding twice
         noise = [_noise(self.statistics[name], e) for e in (joint, own)]
         return noise[0] <= SHARED_NOISE * noise[1]
-
-
-def _margins(model: Model, names: Iterable[str]) -> dict[str, float]:
-    """By what factor to widen the ranges of tensors that synthetic samples showed.
-
-    What is made up for an input has the range that the input is meant to have.
-    """
-    inner: set[str] = set()  # what a layer is still to come for
-    for node in reversed(model.graph.nodes):
-        if Layer.of(model, node) is not None or any(t.name in inner for t in node.outputs):
-            inner.update(t.name for t in node.inputs)
-    return {n: UNSEEN if n in inner else UNSEEN_RESULTS for n in names if n not in model.inputs}
 
 
 def _gates(model: Model) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
