@@ -104,6 +104,7 @@ def picture_maps(spec: TensorSpec, channels: int) -> Maps:
     if channels == 1:
         named["ImageNet's mean and deviation"] = Preprocess(mean=0.449, std=0.226)
         named["0..255 less ImageNet's mean"] = Preprocess(scale=1, mean=114.5)
+        rare.add("ImageNet's mean and deviation")
     orders = ("RGB", "BGR") if channels == 3 else ("GRAY",)
     usual = [
         of_preprocess(_ordered(p, order), spec, f"{name}, {order}", rare=name in rare)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -55,18 +55,21 @@ class NormTargets:
     tensor: np.ndarray
 
     @classmethod
-    def of(cls, model: Model, most: int | None = None) -> NormTargets | None:
+    def of(
+        cls, model: Model, most: int | None = None, among: Collection[str] | None = None
+    ) -> NormTargets | None:
         """Those of a model, whether its normalizations are folded or not.
 
         Args:
             model: The model, shapes inferred.
             most: Only so many tensors, the first ones.
+            among: Only tensors of these names.
 
         Returns:
             None if there are none.
         """
         found = {n: s for n, s in _known(model).items() if _has_channels(model, n, s)}
-        names = tuple(found)[:most]
+        names = tuple(n for n in found if among is None or n in among)[:most]
         if not names:
             return None
         statistics = [found[n] for n in names]
@@ -173,7 +176,7 @@ class MomentSession:
     def __init__(self, model: Model, names: Sequence[str], threads: int = 0) -> None:
         self.names = tuple(names)
         self._session = Session(_reduced(model, names), threads=1)
-        self._streams = threads or cores()
+        self._streams = min(threads or cores(), cores())
 
     def run(
         self, feeds: Iterable[Feed], progress: Callable[[int], object] = lambda steps: None

@@ -205,10 +205,7 @@ class _Maker:
         dtype = np.dtype(np.float32) if spec.dtype is None else spec.dtype
         size = _table(self.model, self.inputs[spec.name])
         if dtype.kind == "f":
-            draw, note = (
-                partial(_draw_numbers, shape, dtype),
-                "normally distributed numbers, N(0, 1)",
-            )
+            draw, note = partial(_draw_numbers, shape, dtype), "normal numbers, N(0, 1)"
         elif size is None:
             draw, note = partial(_draw_ones, shape, dtype), "ones, as of a mask"
         else:
@@ -265,7 +262,8 @@ class _Maker:
             changed = [replace(s, map=found) if s is source else s for s in sources]
             return (_feed(changed, raw) for raw in raws[:count])
 
-        first = NormTargets.of(self.model, FIRST)
+        below = _below(self.inputs[source.spec.name])
+        first = NormTargets.of(self.model, FIRST, below)
         if first is not None:
             session = MomentSession(self.model, first.names, self.threads)
             with self.progress.task(f"scale of {source.spec.name}", None) as advance:
@@ -394,6 +392,17 @@ def _readers(tensor: gs.Tensor) -> Iterator[tuple[gs.Node, gs.Tensor]]:
                 if id(y) not in seen:
                     seen.add(id(y))
                     stack.append(y)
+
+
+def _below(tensor: gs.Tensor) -> set[str]:
+    """The names of all tensors that depend on a tensor."""
+    stack, names = [tensor], {str(tensor.name)}
+    while stack:
+        for node in consumers(stack.pop()):
+            fresh = [y for y in node.outputs if y.name not in names]
+            names.update(str(y.name) for y in fresh)
+            stack.extend(fresh)
+    return names
 
 
 def _table(model: Model, tensor: gs.Tensor) -> int | None:

@@ -1,12 +1,17 @@
 """Real models of the zoo, quantized as a user would: integers everywhere, outputs close."""
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
 import onnxq
+from onnxq.passes import Calibrate, Clean, FoldBatchNorm
+from onnxq.synthetic import synthesize
+from tests import models
 
 ZOO = os.environ.get("ONNXQ_ZOO")
 pytestmark = [
@@ -31,3 +36,39 @@ def test_quantized_zoo_models_stay_close(name, least, tmp_path):
     assert report.facts["integers"]["share_of_possible"] >= 0.95
     assert report.facts["outputs"][0]["sqnr_db"] > least
     assert report.facts["outputs"][0]["top1_agreement"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "scale"),
+    [
+        ("cifar_resnet20", "ImageNet's mean and deviation"),
+        ("mobilenetv1_075", "-1..1"),
+        ("mobilenetv2", "-1..1"),
+        ("simplepose", "ImageNet's mean and deviation"),
+        ("ultraface_rfb320", "-1..1"),
+        ("vww_mobilenetv1_025", "0..1"),
+        ("yolox_nano", "0..255"),
+    ],
+)
+def test_the_scale_of_pictures_is_found_in_the_model(name, scale):
+    made = synthesize(onnxq.load(Path(ZOO) / "models" / f"{name}.onnx"), count=2)
+    assert re.search(rf"pictures, (assumed to be )?{re.escape(scale)}, RGB", made.notes[0])
+
+
+def test_ranges_from_made_up_samples_are_near_those_from_real_ones(tmp_path):
+    source = models.zoo("mobilenetv2")
+    found = []
+    for data in (
+        synthesize(onnxq.load(source), count=32),
+        models.zoo_samples("mobilenetv2", tmp_path, 32),
+    ):
+        model, _ = onnxq.PassManager(Clean(), FoldBatchNorm(), Calibrate())(source, data)
+        moving = [n for n, t in model.tensors().items() if not isinstance(t, gs.Constant)]
+        found.append(
+            {n: e.high - e.low for n in moving if (e := model.encodings.get(n)) is not None}
+        )
+    made, real = found
+    ratios = np.array([made[name] / real[name] for name in real])
+    assert 0.9 < np.median(ratios) < 1.25
+    assert ratios.min() > 0.6
+    assert ratios.max() < 2.5  # of the class scores, which are widened on purpose

@@ -311,6 +311,16 @@ def test_samples_are_taken_that_match_better_than_chance():
     assert f"16 of {16 * POOL} taken" in made.notes[1]
 
 
+def test_normalization_tells_nothing_of_inputs_that_do_not_reach_it():
+    text = """g (float[N,3,16,16] a, float[N,3,16,16] b) => (float[] y, float[] z)
+        <float[4,3,3,3] w, float[4] g, float[4] beta, float[4] m, float[4] var> {
+            c = Conv(a, w)  y = BatchNormalization(c, g, beta, m, var)  z = Conv(b, w)
+        }"""
+    made = made_for(text)
+    assert "fits BatchNormalization" in made.notes[0]
+    assert "assumed" in made.notes[1]
+
+
 def test_without_normalization_bytes_and_normalized_pixels_are_told_apart():
     for preprocess, wanted in ((Preprocess(scale=1), "0..255"), (Preprocess(), "0..1")):
         model = load(trained(feeds_under(preprocess)))
