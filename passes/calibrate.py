@@ -60,7 +60,8 @@ class Calibrate:
        scale and zero point per channel: the runtime multiplies them into the weight's scales, so
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
-    6. Ranges that synthetic samples showed are widened by a tenth, those of class scores twofold.
+    6. Ranges that synthetic samples showed are widened by a tenth, those of class scores twofold
+       and to both sides.
 
     Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
     normalization lets expect: behind it a channel is N(beta, gamma^2), and

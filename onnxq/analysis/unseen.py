@@ -12,8 +12,8 @@ from onnxq.statistics import TensorStatistics
 
 __all__ = ["UNSEEN", "UNSEEN_CLASSES", "margins", "widened"]
 
-# Factors on ranges: in general, and for results that have one value per class, which only samples
-# of a class make large.
+# Factors on ranges: in general, and for results that have one value per class. Only samples of a
+# class make them large, and only others negative: they get room on both sides.
 UNSEEN, UNSEEN_CLASSES = 1.1, 2.0
 # Ranges that functions cannot leave.
 _LIMITS = {
@@ -57,7 +57,10 @@ def widened(
     """The range of a tensor times a margin, as far as its function can reach."""
     node = producer(tensor)
     least, most = _LIMITS.get("" if node is None else node.op, (-np.inf, np.inf))
-    return max(low * margin, min(low, least)), min(high * margin, max(high, most))
+    least, most = min(low, least), max(high, most)
+    if margin == UNSEEN_CLASSES:
+        low, high = min(low, -high), max(high, -low)
+    return max(low * margin, least), min(high * margin, most)
 
 
 def _has_one_position(tensor: gs.Tensor, seen: TensorStatistics) -> bool:
