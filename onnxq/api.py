@@ -52,8 +52,8 @@ __all__ = [
     "run",
 ]
 
-# Samples that are made up where there are none.
-SYNTHETIC_SAMPLES = 64
+# Samples that are made up where there are none; fewer where batch normalization tells most of it.
+SYNTHETIC_SAMPLES, SYNTHETIC_SAMPLES_BESIDE_NORMS = 32, 8
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
 # Operators of models that are quantized already.
@@ -166,9 +166,10 @@ def run(
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")
+        norms = any(n.op == "BatchNormalization" for n in before.graph.nodes)
         made = synthesize(
             before,
-            count=limit or SYNTHETIC_SAMPLES,
+            count=limit or (SYNTHETIC_SAMPLES_BESIDE_NORMS if norms else SYNTHETIC_SAMPLES),
             seed=seed,
             preprocess=preprocess,
             threads=threads,

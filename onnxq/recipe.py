@@ -106,7 +106,7 @@ name = "insert-qdq"
 """,
     "data-free": """\
 name = "data-free"
-description = "Without samples: equalize, ranges from batch normalization, correct biases."
+description = "Without samples: equalize, absorb, ranges from batch normalization, correct."
 
 [[pass]]
 name = "clean"
@@ -121,6 +121,9 @@ name = "fold-dead-channels"
 [[pass]]
 name = "cross-layer-equalization"
 balance = "both"
+
+[[pass]]
+name = "high-bias-absorption"
 
 [[pass]]
 name = "gate-equalization"

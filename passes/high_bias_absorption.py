@@ -39,9 +39,10 @@ class HighBiasAbsorption:
         c = max(0, beta - 3 |gamma|)        W2 c summed over the window
 
     beta and gamma are those of the BatchNormalization folded into the first layer; where there was
-    none, mean and standard deviation of the channel over the samples.  The constant goes through
-    Relu, LeakyRelu, PRelu, pooling, data movement, Concat, and Add, whose sum lacks it.  The bounds
-    of a Min move by c along with their channels; through a Clip goes what stays below its bound.
+    none, mean and standard deviation of the channel over the samples, if those are real.  The
+    constant goes through Relu, LeakyRelu, PRelu, pooling, data movement, Concat, and Add, whose sum
+    lacks it.  The bounds of a Min move by c along with their channels; through a Clip goes what
+    stays below its bound.
 
     Two things go wrong.  A channel that does fall below c is lifted to it.  And at a border that is
     padded with zeros the reading layer gives W2 c back for its whole window, while a part of that
@@ -101,7 +102,7 @@ class HighBiasAbsorption:
         for layer in layers:  # by an estimate nothing is taken off, only less than otherwise
             if layer.y.name in known and known[layer.y.name].estimated:
                 del found[layer.y.name]
-        if ctx.data is None:
+        if ctx.data is None or ctx.is_synthetic:  # what is made up does not tell what never occurs
             return found
         wanted = [t.name for layer in layers for t in (layer.x, layer.y)]
         wanted += [n.inputs[0].name for n in model.graph.nodes if n.op in RECTIFIERS]
