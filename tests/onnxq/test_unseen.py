@@ -71,7 +71,7 @@ def test_a_range_never_shrinks():
     assert widened(tensor, 0.0, 0.95) == (0.0, 1.0)
     assert widened(tensor, 0.0, 1.0) == (0.0, 1.0)
     assert widened(tensor, 0.0, 1.5) == (0.0, 1.5)  # as a merged encoding may be
-    assert widened(tensor, 0.0, 0.7, UNSEEN_CLASSES) == (0.0, 1.0)
+    assert widened(tensor, 0.0, 0.7, is_score=True) == (0.0, 1.0)
 
 
 def test_ranges_that_batch_normalization_tells_need_none():
