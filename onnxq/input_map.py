@@ -136,7 +136,7 @@ def sound_maps(spec: TensorSpec) -> Maps:
 
     usual = [
         replace(scaled(0, 1, False), name="-1..1"),
-        replace(scaled(0, 2.0**-15, False), name="-32768..32767"),
+        replace(scaled(0, 2.0**-15, False), name="-32768..32767", rare=True),
     ]
     return Maps(usual, scaled, (0.0,), [2.0**k for k in range(-16, 5)], False)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,7 +37,6 @@ __all__ = ["Synthetic", "synthesize"]
 
 Kind = Literal["picture", "sound", "other"]
 _Rows = dict[str, list[np.ndarray]]
-_Draw = Callable[[np.random.Generator], list[np.ndarray]]
 
 # Samples made for each that is taken, where BatchNormalization tells which ones are typical, and
 # how many more than twice as many as are taken are too many.
@@ -51,6 +51,13 @@ SIZES: dict[Kind, tuple[int, ...]] = {
     "sound": (16000, 8000, 4096, 2048, 1024, 576, 512, 400, 256),
     "other": (128, 64, 32, 16, 8, 4, 2, 1),
 }
+# The same for sounds of a model that hands a state on: it takes one frame after the other, Silero
+# 512 values with 64 of the frame before.
+FRAMES = (576, 512, 480, 400, 320, 256, 640, 1024, 1536)
+# Frames of a recording, after which the state begins anew.
+RECORDING = 32
+# What states are called.
+_STATE = re.compile(r"state|hidden|cell|memory|^[hc](_|\d|n?$)", re.IGNORECASE)
 # What an input passes through, besides data movement, before an operator tells what it is.
 _PASSED = frozenset({"Cast", "Sub", "Add", "Mul", "Div", "Concat"})
 
@@ -151,6 +158,10 @@ class _Maker:
         self.progress = progress
         self.pictures = Pictures(seed)
         self.inputs = {t.name: t for t in model.graph.inputs}
+        self.session = Session(model.to_proto(), threads=1)
+        specs = self.session.inputs
+        self.kinds = {s.name: _kind(model, s, self.inputs[s.name]) for s in specs}
+        self.states = _states(specs, self.session.outputs, self.kinds)
 
     def make(self, count: int, preprocess: Preprocess | None) -> Synthetic:
         sources = self._sized(preprocess)
@@ -160,19 +171,27 @@ class _Maker:
         notes = [f"synthetic samples: {s.spec.name}: {s.note}" for s in sources]
         numbers = list(range(count))
         targets = NormTargets.of(self.model)
-        if targets is not None:
+        if targets is not None and not self.states:
             numbers, note = self._typical(sources, targets, count)
             notes.append(f"synthetic samples: {note}")
-        return Synthetic(
-            tuple(notes), tuple(sources), tuple(_rows(sources, number) for number in numbers)
-        )
+        samples = [_rows(sources, number) for number in numbers]
+        if self.states:
+            self._hand_on(sources, samples)
+        return Synthetic(tuple(notes), tuple(sources), tuple(samples))
+
+    def _hand_on(self, sources: Sequence[_Source], samples: Sequence[_Rows]) -> None:
+        """Give each sample the state that the model had after the one before."""
+        given: dict[str, np.ndarray] = {}
+        for number, sample in enumerate(samples):
+            if number % RECORDING:
+                sample.update({name: [given[result]] for name, result in self.states.items()})
+            given = self.session.run(_feed(sources, sample))
 
     # ------------------------------------------------------------------ what the inputs are
 
     def _sized(self, preprocess: Preprocess | None) -> list[_Source]:
         """What makes each input, in sizes that the model runs with."""
-        session = Session(self.model.to_proto(), threads=1)
-        kinds = {s.name: _kind(self.model, s, self.inputs[s.name]) for s in session.inputs}
+        session, kinds = self.session, self.kinds
         if preprocess is not None and "picture" not in kinds.values():
             raise CalibrationError(
                 "preprocessing is for pictures, and no input looks like one",
@@ -180,7 +199,7 @@ class _Maker:
                 fix="leave it out",
             )
         failure: ModelError | None = None
-        for specs in _attempts(session.inputs, kinds):
+        for specs in _attempts(session.inputs, kinds, bool(self.states)):
             sources = [self._source(spec, kinds[spec.name], preprocess) for spec in specs]
             try:
                 session.run(_feed(sources, _rows(sources, 0)))
@@ -199,22 +218,33 @@ class _Maker:
             return self._picture(spec, preprocess)
         shape = cast("tuple[int, ...]", spec.shape)
         if kind == "sound":
-            draw = partial(_draw_sounds, shape)
+            rows = partial(self._draw_sounds, spec.name, shape)
             maps = sound_maps(spec)
-            return _Source(spec, partial(self._draw, spec, draw), "", maps.usual[0], maps)
+            return _Source(spec, rows, "", maps.usual[0], maps)
         dtype = np.dtype(np.float32) if spec.dtype is None else spec.dtype
         size = _table(self.model, self.inputs[spec.name])
-        if dtype.kind == "f":
+        if spec.name in self.states:
+            draw = partial(_draw_constant, shape, dtype, 0)
+            note = "zeros, then what the model puts out for the sample before"
+        elif dtype.kind == "f":
             draw, note = partial(_draw_numbers, shape, dtype), "normal numbers, N(0, 1)"
         elif size is None:
-            draw, note = partial(_draw_ones, shape, dtype), "ones, as of a mask"
+            draw, note = partial(_draw_constant, shape, dtype, 1), "ones, as of a mask"
         else:
             draw = partial(_draw_indices, shape, dtype, size)
             note = f"integers of 0..{size - 1}, each as likely"
-        return _Source(spec, partial(self._draw, spec, draw), note)
+        return _Source(spec, lambda number: [draw(self._rng(spec.name, number))], note)
 
-    def _draw(self, spec: TensorSpec, draw: _Draw, number: int) -> list[np.ndarray]:
-        return draw(np.random.default_rng([self.seed, 2, number, *spec.name.encode()]))
+    def _rng(self, name: str, number: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, 2, number, *name.encode()])
+
+    def _draw_sounds(self, name: str, shape: tuple[int, ...], number: int) -> list[np.ndarray]:
+        """A sound for each row of the batch, or one frame after the other of recordings."""
+        batch, *channels, length = shape
+        recording, frame = divmod(number, RECORDING if self.states else 1)
+        whole = (1, *channels, length * (RECORDING if self.states else 1))
+        rows = [sound(rng, whole) for rng in self._rng(name, recording).spawn(batch)]
+        return [row[..., frame * length : (frame + 1) * length] for row in rows]
 
     def _picture(self, spec: TensorSpec, preprocess: Preprocess | None) -> _Source:
         batch, *rest = cast("tuple[int, ...]", spec.shape)
@@ -278,7 +308,7 @@ class _Maker:
             )
             return replace(source, map=best, note=note)
         tensor = _first_result(self.model, self.inputs[source.spec.name])
-        if tensor is None:
+        if tensor is None or what == "sounds":
             best = maps.usual[0]
             note = f"{what}, assumed to be {best.name}: nothing in the model tells the scale"
             return replace(source, map=best, note=note)
@@ -322,26 +352,20 @@ def _feed(sources: Sequence[_Source], rows: _Rows) -> Feed:
     return {s.spec.name: s.array(rows[s.spec.name]) for s in sources}
 
 
-def _draw_sounds(shape: tuple[int, ...], rng: np.random.Generator) -> list[np.ndarray]:
-    return [sound(r, (1, *shape[1:])) for r in rng.spawn(shape[0])]
-
-
-def _draw_numbers(
-    shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator
-) -> list[np.ndarray]:
-    return [rng.normal(size=shape).astype(dtype)]
+def _draw_numbers(shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator) -> np.ndarray:
+    return rng.normal(size=shape).astype(dtype)
 
 
 def _draw_indices(
     shape: tuple[int, ...], dtype: np.dtype, size: int, rng: np.random.Generator
-) -> list[np.ndarray]:
-    return [rng.integers(0, size, shape).astype(dtype)]
+) -> np.ndarray:
+    return rng.integers(0, size, shape).astype(dtype)
 
 
-def _draw_ones(
-    shape: tuple[int, ...], dtype: np.dtype, rng: np.random.Generator
-) -> list[np.ndarray]:
-    return [np.ones(shape, dtype)]
+def _draw_constant(
+    shape: tuple[int, ...], dtype: np.dtype, value: int, rng: np.random.Generator
+) -> np.ndarray:
+    return np.full(shape, value, dtype)
 
 
 # ---------------------------------------------------------------------- what a model says
@@ -428,14 +452,43 @@ def _first_result(model: Model, tensor: gs.Tensor) -> str | None:
     return None
 
 
-def _attempts(specs: Sequence[TensorSpec], kinds: dict[str, Kind]) -> Iterator[list[TensorSpec]]:
+def _states(
+    inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], kinds: dict[str, Kind]
+) -> dict[str, str]:
+    """Inputs called a state, and the output like it, which is the next one."""
+    found = {}
+    for spec in inputs:
+        if kinds[spec.name] == "other" and _STATE.search(spec.name):
+            alike, like = (
+                [s.name for s in specs if _is_like(s, spec)] for specs in (inputs, outputs)
+            )
+            like = [name for name in like if _STATE.search(name)] or like
+            if len(alike) == len(like):
+                found[spec.name] = like[alike.index(spec.name)]
+    return found
+
+
+def _is_like(one: TensorSpec, two: TensorSpec) -> bool:
+    """Whether two tensors have the same type, and may have the same shape."""
+    if one.dtype != two.dtype or one.shape is None or two.shape is None:
+        return False
+    fixed = (
+        {a, b} for a, b in zip(one.shape, two.shape, strict=False) if {type(a), type(b)} == {int}
+    )
+    return len(one.shape) == len(two.shape) and all(len(sizes) == 1 for sizes in fixed)
+
+
+def _attempts(
+    specs: Sequence[TensorSpec], kinds: dict[str, Kind], in_frames: bool
+) -> Iterator[list[TensorSpec]]:
     """The inputs with sizes for what they leave open, the likeliest first."""
+    sizes: dict[Kind, tuple[int, ...]] = {**SIZES, "sound": FRAMES} if in_frames else SIZES
     is_open = any(not isinstance(d, int) for s in specs for d in (s.shape or ())[1:])
-    for attempt in range(max(map(len, SIZES.values())) if is_open else 1):
+    for attempt in range(max(map(len, sizes.values())) if is_open else 1):
         symbols: dict[str, int] = {}
         sized = []
         for spec in specs:
-            ladder = SIZES[kinds[spec.name]]
+            ladder = sizes[kinds[spec.name]]
             size = ladder[min(attempt, len(ladder) - 1)]
             shape = []
             for axis, given in enumerate(spec.shape or ()):

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.analysis.distribution import Distribution, propagate, statistics_of
-from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, margins, widened
+from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, class_scores, widened
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
@@ -60,7 +60,8 @@ class Calibrate:
        scale and zero point per channel: the runtime multiplies them into the weight's scales, so
        they cost nothing.
     5. A weight scale is raised where the int32 bias, whose scale is s_x * s_w, would overflow.
-    6. Ranges that synthetic samples showed are widened by a tenth, those of class scores twofold.
+    6. Ranges that synthetic samples showed are widened by a tenth, those of class scores twofold
+       and to both sides.
 
     Without samples, or with ``ranges="batch-norm"``, the histograms are those that batch
     normalization lets expect: behind it a channel is N(beta, gamma^2), and
@@ -136,8 +137,8 @@ class Calibrate:
                 low, high = measured.known[name].extremes(SIGMAS)
             elif seen is not None and _many_values(measured.statistics[name], seen.shape[1]):
                 low, high = _with_margin(*seen)
-                margin = measured.margins.get(name, 1.0)
-                low, high = low * margin, high * margin
+                if name in measured.unseen:
+                    low, high = low * UNSEEN, high * UNSEEN
             else:
                 continue
             found[name] = Encoding.of_ranges(low, high, measured.format.dtype, axis=1)
@@ -255,8 +256,10 @@ class _Activations:
                 self.statistics[out] = _merged(self.statistics, [self.source[n] for n in names])
         self.inputs = self._input_ranges(model, ctx) if step.method == "mse" else {}
         self.tensors = model.tensors()
-        seen = [n for n in roots if not self._is_derived(n)]
-        self.margins = margins(model, self.statistics, seen) if ctx.is_synthetic else {}
+        self.unseen: set[str] = set()  # what the samples may not show all of
+        if ctx.is_synthetic:  # what is made up for an input has the range that it is meant to have
+            self.unseen = {n for n in roots if n not in model.inputs and not self._is_derived(n)}
+        self.scores = class_scores(model, self.statistics, self.unseen)
 
     def _is_derived(self, name: str) -> bool:
         """Whether batch normalization tells the range, of a Concat that of each input."""
@@ -318,8 +321,9 @@ class _Activations:
 
     def _encode(self, name: str) -> Encoding:
         low, high = self._range(name)
-        if name in self.margins:
-            low, high = widened(self.tensors[name], low, high, self.margins[name])
+        if name in self.unseen:
+            tensor = self.tensors[name]
+            low, high = widened(tensor, low, high, is_score=name in self.scores)
         bounds = self.placement.bounds.get(name)
         if bounds is None:
             return Encoding.of_range(low, high, self.format.dtype)

@@ -71,4 +71,4 @@ def test_ranges_from_made_up_samples_are_near_those_from_real_ones(tmp_path):
     ratios = np.array([made[name] / real[name] for name in real])
     assert 0.9 < np.median(ratios) < 1.25
     assert ratios.min() > 0.6
-    assert ratios.max() < 2.5  # of the class scores, which are widened on purpose
+    assert ratios.max() < 3.5  # of the class scores, which are widened on purpose

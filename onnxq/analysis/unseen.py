@@ -10,10 +10,10 @@ import onnx_graphsurgeon as gs
 from onnxq.model import Layer, Model, producer
 from onnxq.statistics import TensorStatistics
 
-__all__ = ["UNSEEN", "UNSEEN_CLASSES", "margins", "widened"]
+__all__ = ["UNSEEN", "UNSEEN_CLASSES", "class_scores", "widened"]
 
-# Factors on ranges: in general, and for results that have one value per class, which only samples
-# of a class make large.
+# Factors on ranges: in general, and for results that have one value per class. Only samples of a
+# class make them large, and only others negative: they get room on both sides.
 UNSEEN, UNSEEN_CLASSES = 1.1, 2.0
 # Ranges that functions cannot leave.
 _LIMITS = {
@@ -24,17 +24,14 @@ _LIMITS = {
 }
 
 
-def margins(
+def class_scores(
     model: Model, seen: Mapping[str, TensorStatistics], names: Iterable[str]
-) -> dict[str, float]:
-    """By what factor to widen the range of each tensor.
-
-    Those of the model's inputs stay: what is made up for them has the range that they are meant to
-    have.
+) -> set[str]:
+    """Those of the tensors that no layer is to come for, with one value per channel and sample.
 
     Args:
         model: The model.
-        seen: Statistics of the tensors over synthetic samples.
+        seen: Statistics of the tensors.
         names: The tensors.
     """
     inner: set[str] = set()  # what a layer is still to come for
@@ -42,22 +39,27 @@ def margins(
         if Layer.of(model, node) is not None or any(t.name in inner for t in node.outputs):
             inner.update(t.name for t in node.inputs)
     tensors = model.tensors()
-    return {
-        name: UNSEEN_CLASSES
-        if name not in inner and _has_one_position(tensors[name], seen[name])
-        else UNSEEN
-        for name in names
-        if name not in model.inputs
-    }
+    return {n for n in names if n not in inner and _has_one_position(tensors[n], seen[n])}
 
 
 def widened(
-    tensor: gs.Tensor, low: float, high: float, margin: float = UNSEEN
+    tensor: gs.Tensor, low: float, high: float, *, is_score: bool = False
 ) -> tuple[float, float]:
-    """The range of a tensor times a margin, as far as its function can reach."""
+    """The range that a tensor may have where synthetic samples showed this one.
+
+    Args:
+        tensor: The tensor.
+        low: Least value seen, or 0.
+        high: Greatest value seen, or 0.
+        is_score: Whether it is the score of a class.
+    """
     node = producer(tensor)
     least, most = _LIMITS.get("" if node is None else node.op, (-np.inf, np.inf))
-    return max(low * margin, min(low, least)), min(high * margin, max(high, most))
+    least, most = min(low, least), max(high, most)
+    if is_score:
+        low, high = min(low, -high), max(high, -low)
+    margin = UNSEEN_CLASSES if is_score else UNSEEN
+    return max(low * margin, least), min(high * margin, most)
 
 
 def _has_one_position(tensor: gs.Tensor, seen: TensorStatistics) -> bool:

@@ -154,6 +154,38 @@ def test_masks_are_ones():
     assert "ones" in made.notes[1]
 
 
+STREAM = """g (float[batch,T] x, float[1,batch,4] state) => (float[] y, float[1,batch,4] stateN)
+    <int64[1] axis, int64[1] first, float[4,1,16] w, float half> {
+        u = Unsqueeze(x, axis)  c = Conv<strides = [16]>(u, w)  m = GlobalAveragePool(c)
+        f = Flatten(m)  e = Unsqueeze(f, first)  h = Mul(state, half)  stateN = Add(e, h)
+        y = Relu(stateN)
+    }"""
+
+
+def test_a_state_is_handed_on_from_frame_to_frame():
+
+    proto = parse(STREAM, axis=1, first=0, half=0.5)
+    made = made_for(proto, count=34)
+    assert "zeros, then what the model puts out" in made.notes[1]
+    assert made[0]["x"].shape == (1, 576)
+    for n in range(34):
+        before = run(proto, made[n - 1])["stateN"] if n % 32 else np.zeros((1, 1, 4), np.float32)
+        assert np.allclose(made[n]["state"], before, atol=1e-6), n
+    # one recording runs on over the edges of its frames, the next is another
+    joined = np.concatenate([made[n]["x"][0] for n in range(34)])
+    steps = np.square(np.diff(joined))
+    edges = steps[575::576]
+    assert edges[:31].mean() < 3 * steps.mean()
+    assert not np.array_equal(made[0]["x"], made[32]["x"])
+
+
+def test_an_input_is_a_state_by_name_not_by_shape_alone():
+    text = """g (float[N,6] x, float[N,1] gate) => (float[N,6] y) <float[6,6] w> {
+        p = MatMul(x, w)  y = Mul(p, gate)
+    }"""
+    assert all("N(0, 1)" in note for note in made_for(text).notes)
+
+
 def test_the_same_symbol_is_one_size():
     text = """g (float[N,T] a, float[N,T] b) => (float[] y) { y = Add(a, b) }"""
     feed = made_for(text)[0]

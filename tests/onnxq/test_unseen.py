@@ -39,9 +39,11 @@ def test_inner_ranges_get_a_little_room(pair):
         assert wide[name] == pytest.approx(UNSEEN * narrow[name], rel=0.01), name
 
 
-def test_class_scores_get_much_room(pair):
-    (wide, _, _), (narrow, _, _) = pair
-    assert wide["y"] == pytest.approx(UNSEEN_CLASSES * narrow["y"], rel=0.01)
+def test_class_scores_get_much_room_on_both_sides(pair):
+    (_, wide, _), (_, narrow, _) = pair
+    furthest = max(-narrow.encodings["y"].low, narrow.encodings["y"].high)
+    for end in (-wide.encodings["y"].low, wide.encodings["y"].high):
+        assert end == pytest.approx(UNSEEN_CLASSES * furthest, rel=0.02)
 
 
 def test_results_with_positions_get_a_little_room(pair):
@@ -69,6 +71,7 @@ def test_a_range_never_shrinks():
     assert widened(tensor, 0.0, 0.95) == (0.0, 1.0)
     assert widened(tensor, 0.0, 1.0) == (0.0, 1.0)
     assert widened(tensor, 0.0, 1.5) == (0.0, 1.5)  # as a merged encoding may be
+    assert widened(tensor, 0.0, 0.7, is_score=True) == (0.0, 1.0)
 
 
 def test_ranges_that_batch_normalization_tells_need_none():
