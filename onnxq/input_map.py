@@ -149,9 +149,10 @@ def best_match(maps: Maps, error: Callable[[InputMap, int], float]) -> tuple[Inp
         error: How far a map is from that, on so many samples.
     """
     ranked = sorted(maps.usual, key=lambda m: error(m, FEW))[:SHORTLIST]
-    errors = [error(m, MANY) * (1 if m.blue_first else BLUE_FIRST) for m in ranked]
-    best = ranked[int(np.argmin(errors))]
-    least = error(best, MANY)
+    errors = [error(m, MANY) for m in ranked]
+    weighed = [e * (1 if m.blue_first else BLUE_FIRST) for e, m in zip(errors, ranked, strict=True)]
+    index = int(np.argmin(weighed))
+    best, least = ranked[index], errors[index]
     if least > GOOD:
         other = _fit(maps, lambda m: error(m, FEW))
         if (found := error(other, MANY)) < CLEARLY * least:
