@@ -53,7 +53,7 @@ __all__ = [
 ]
 
 # Samples that are made up where there are none; fewer where batch normalization tells most of it.
-SYNTHETIC_SAMPLES, SYNTHETIC_SAMPLES_BESIDE_NORMS = 32, 8
+SYNTHETIC_SAMPLES, SYNTHETIC_SAMPLES_BESIDE_NORMS = 32, 6
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
 # Operators of models that are quantized already.

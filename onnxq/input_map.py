@@ -24,7 +24,7 @@ __all__ = [
 # Samples for a first look, and to decide.
 FEW, MANY = 8, 24
 # Maps that get the second look.
-SHORTLIST = 6
+SHORTLIST = 5
 # Where a usual map is as near as this, none is made to measure.
 GOOD = 0.1
 # One that is made to measure has to be nearer than the best usual one by the first factor. Red and
