@@ -16,6 +16,7 @@ __all__ = [
     "channel_axis",
     "conv_coverage",
     "conv_taps",
+    "conv_transpose_window",
     "conv_window",
     "is_movement",
     "matmul_weight",
@@ -165,6 +166,44 @@ def conv_window(attrs: dict[str, Any], spatial: tuple[int, ...], size: tuple[int
             )
         )
     return Window(tuple(size), strides, dilations, begin, positions)
+
+
+def conv_transpose_window(
+    attrs: dict[str, Any], spatial: tuple[int, ...], size: tuple[int, ...]
+) -> Window:
+    """The window of a ConvTranspose as that of a convolution of stride 1 with the kernel mirrored.
+
+    The convolution runs over the input with stride - 1 zeros between neighbours.
+
+    Source: the ConvTranspose operator of the ONNX specification, `output_shape` included.
+    """
+    rank = len(spatial)
+    strides = tuple(attrs.get("strides") or [1] * rank)
+    dilations = tuple(attrs.get("dilations") or [1] * rank)
+    pads = list(attrs.get("pads") or [0] * (2 * rank))
+    extra = list(attrs.get("output_padding") or [0] * rank)
+    shape = list(attrs.get("output_shape") or [])[-rank:]
+    extent = [d * (k - 1) + 1 for k, d in zip(size, dilations, strict=True)]
+    full = [
+        (n - 1) * s + x + o for n, s, x, o in zip(spatial, strides, extent, extra, strict=True)
+    ]
+    auto = attrs.get("auto_pad", "NOTSET")
+    if auto in ("SAME_UPPER", "SAME_LOWER") and not shape:
+        shape = [n * s for n, s in zip(spatial, strides, strict=True)]
+    if shape:
+        total = [max(0, f - n) for f, n in zip(full, shape, strict=True)]
+        begin = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in total]
+    else:
+        total = [0] * rank if auto == "VALID" else [a + b for a, b in zip(pads[:rank], pads[rank:], strict=True)]
+        begin = [0] * rank if auto == "VALID" else pads[:rank]
+        shape = [f - t for f, t in zip(full, total, strict=True)]
+    return Window(
+        tuple(size),
+        (1,) * rank,
+        dilations,
+        tuple(x - 1 - b for x, b in zip(extent, begin, strict=True)),
+        tuple(shape),
+    )
 
 
 def conv_taps(window: Window, spatial: tuple[int, ...]) -> list[np.ndarray]:

@@ -1,8 +1,15 @@
-"""Second-order statistics of layer inputs: mean and second moment of the patches a weight meets.
+"""Second-order statistics of layer inputs: means and second moments of the patches a weight meets.
 
 For a layer y = W x, W [O, K] acting on patches x [K], they say how much any change of W changes
-the output: E|(W' - W) x|^2 = tr((W' - W) H (W' - W)^T) with H = E[x x^T].  They are sums, so they
-stream: memory does not depend on the number of samples.
+the output.  Where the layer will meet the input x' of a model whose earlier layers are quantized::
+
+    E|Q x' - W x|^2  =  tr(Q H Q^T) - 2 tr(Q C^T W^T) + tr(W E[x x^T] W^T)
+
+    H = E[x' x'^T]      C = E[x x'^T]
+
+They are sums, so they stream, in memory that does not depend on the number of samples, and merge.
+They are kept about the mean, so that float32 products do not lose a small spread beside a large
+mean, and because what a bias can make up for is no error of the rounding.
 """
 
 from __future__ import annotations
@@ -13,12 +20,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from onnxq.kernels.patches import add_patch_sums, gather_patches
+from onnxq.errors import CalibrationError
 from onnxq.model import Layer, Model
-from onnxq.ops import conv_window
+from onnxq.patches import PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
 
 __all__ = [
+    "Accumulator",
     "SecondOrder",
     "collect",
     "collect_means",
@@ -29,158 +37,203 @@ __all__ = [
     "weight_of",
 ]
 
-
 _T = TypeVar("_T")
-_Three = tuple[int, int, int]
-_Geometry = tuple[_Three, _Three, _Three, _Three, _Three]
+# Bytes of patches that are multiplied at once: enough for the speed of large products.
+_CHUNK = 32 << 20
 
 
 @dataclass
 class SecondOrder:
-    """Moments of the patches that one layer reads, per group.
+    """Moments of the patches that one layer reads, per group; x' where they differ from the float's.
 
     Args:
-        mean: E[x] over all patches of all samples, borders included, float64 [G, K].
-        moment: E[x x^T] over the sampled patches, float64 [G, K, K].
-        sampled_mean: E[x] over the sampled patches, float64 [G, K].
-        sampled: How many patches were sampled.
+        count: How many patches the means are over.
+        mean: E[x'] over all patches of all samples, borders included, float64 [G, K].
+        reference_mean: E[x] in the float model; the same array where x' is x.
+        sampled: How many patches were sampled for what follows.
+        sampled_mean: E[x'] over the sampled patches, float64 [G, K].
+        sampled_reference: E[x] over the sampled patches, float64 [G, K].
+        scatter: Sum of (x' - mean)(x' - mean)^T over them, float64 [G, K, K].
+        cross: Sum of (x - mean)(x' - mean)^T over them; the same array where x' is x.
     """
 
+    count: int
     mean: np.ndarray
-    moment: np.ndarray
-    sampled_mean: np.ndarray
+    reference_mean: np.ndarray
     sampled: int
+    sampled_mean: np.ndarray
+    sampled_reference: np.ndarray
+    scatter: np.ndarray
+    cross: np.ndarray
 
     @property
     def covariance(self) -> np.ndarray:
-        """The second moment about the mean: what a bias cannot make up for, [G, K, K]."""
-        about: np.ndarray = np.einsum("gk,gl->gkl", self.sampled_mean, self.sampled_mean)
-        return np.asarray(self.moment - about)
+        """H about the mean: what a bias cannot make up for, [G, K, K]."""
+        return self.scatter / max(self.sampled, 1)
 
+    @property
+    def moment(self) -> np.ndarray:
+        """H = E[x' x'^T], [G, K, K]."""
+        return self.covariance + _outer(self.sampled_mean, self.sampled_mean)
 
-def rows_of(layer: Layer, weight: np.ndarray | None = None) -> np.ndarray:
-    """The weight as rows that multiply patches, [G, O/G, K].
+    @property
+    def cross_covariance(self) -> np.ndarray:
+        """C about the means, [G, K, K]."""
+        return self.cross / max(self.sampled, 1)
 
-    Args:
-        layer: Conv [O, I/g, ...], Gemm [K, N] or [N, K], MatMul [K, N].
-        weight: Other values, laid out as the layer's weight.
-    """
-    weight = layer.weight if weight is None else weight
-    if layer.op == "Conv":
-        return weight.reshape(layer.group, weight.shape[0] // layer.group, -1)
-    if layer.op == "Gemm" and layer.node.attrs.get("transB", 0):
-        return weight[None]
-    return weight.T[None]
+    @property
+    def cross_moment(self) -> np.ndarray:
+        """C = E[x x'^T], [G, K, K]."""
+        return self.cross_covariance + _outer(self.sampled_reference, self.sampled_mean)
 
+    @property
+    def is_shifted(self) -> bool:
+        """Whether the input differs from that of the float model."""
+        return self.cross is not self.scatter
 
-def weight_of(layer: Layer, rows: np.ndarray) -> np.ndarray:
-    """The inverse of `rows_of`: rows [G, O/G, K] in the layout of the layer's weight."""
-    if layer.op == "Conv" or (layer.op == "Gemm" and layer.node.attrs.get("transB", 0)):
-        return rows.reshape(layer.weight.shape)
-    return np.ascontiguousarray(rows[0].T)
+    def merge(self, other: SecondOrder) -> SecondOrder:
+        """The statistics over the samples of both.
 
-
-def supports(layer: Layer) -> bool:
-    """Whether the layer is one whose patches can be collected."""
-    if layer.op == "Conv":
-        return layer.weight.ndim <= 5
-    if layer.op == "Gemm":
-        return layer.side == 1 and not layer.node.attrs.get("transA", 0)
-    return layer.op == "MatMul" and layer.side == 1 and layer.weight.ndim == 2
-
-
-def correct_bias(layer: Layer, rounded: np.ndarray, mean: np.ndarray) -> None:
-    """Move the bias so that rounding the weight W to Q keeps the mean output: b += (W - Q) m.
-
-    Args:
-        layer: A Conv or Gemm without computed bias, its weight not yet rounded.
-        rounded: Q as rows, [G, O/G, K].
-        mean: m, the mean patch, [G, K].
-    """
-    error = rows_of(layer).astype(np.float64) - rounded
-    shift = np.einsum("gok,gk->go", error, mean).reshape(-1)
-    alpha = float(layer.node.attrs.get("alpha", 1.0))  # of a Gemm
-    layer.set_bias((layer.take_bias() + alpha * shift).astype(np.float32))
-
-
-@dataclass
-class _Source:
-    """One input with one window; layers that share both share the statistics."""
-
-    name: str
-    op: str
-    groups: int
-    size: tuple[int, ...]
-    attrs: Mapping[str, object]
-    columns: int
-    layers: list[Layer] = field(default_factory=list)
-    total: np.ndarray | None = None
-    count: int = 0
-    moment: np.ndarray | None = None
-    sampled_total: np.ndarray | None = None
-    sampled: int = 0
-
-    def add_mean(self, x: np.ndarray) -> None:
-        if self.op == "Conv":
-            cube, positions, geometry = self._unfolding(x)
-            if self.total is None:
-                self.total = np.zeros((x.shape[1], *geometry[0]))
-            add_patch_sums(cube, *geometry, self.total)
-            self.count += positions
-            return
-        rows = x.reshape(-1, x.shape[-1])
-        part = rows.sum(axis=0, dtype=np.float64)
-        self.total = part if self.total is None else self.total + part
-        self.count += rows.shape[0]
-
-    def add_moment(self, x: np.ndarray, patches: int, rng: np.random.Generator) -> None:
-        drawn = self._draw(x, patches, rng)
-        columns = drawn.shape[1] // self.groups  # -1 would not do: there may be no patch
-        grouped = drawn.reshape(len(drawn), self.groups, columns).transpose(1, 0, 2)
-        moment = np.matmul(grouped.transpose(0, 2, 1), grouped).astype(np.float64)
-        sums = grouped.sum(axis=1, dtype=np.float64)
-        self.moment = moment if self.moment is None else self.moment + moment
-        self.sampled_total = sums if self.sampled_total is None else self.sampled_total + sums
-        self.sampled += len(drawn)
-
-    def _draw(self, x: np.ndarray, patches: int, rng: np.random.Generator) -> np.ndarray:
-        if self.op != "Conv":
-            rows = x.reshape(-1, x.shape[-1])
-            return np.asarray(rows[_pick(rows.shape[0], patches, rng)])
-        cube, positions, geometry = self._unfolding(x)
-        picked = _pick(positions, patches, rng)
-        drawn = np.empty((picked.size, x.shape[1] * int(np.prod(geometry[0]))), np.float32)
-        gather_patches(cube, *geometry, picked, drawn)
-        return drawn
-
-    def _unfolding(self, x: np.ndarray) -> tuple[np.ndarray, int, _Geometry]:
-        """The input as [N, C, D, H, W], how many patches it has, and where, as kernels want it."""
-        window = conv_window(dict(self.attrs), x.shape[2:], self.size)
-        geometry = (
-            _three(window.size, 1),
-            _three(window.strides, 1),
-            _three(window.begin, 0),
-            _three(window.dilations, 1),
-            _three(window.positions, 1),
+        Source: Chan, Golub and LeVeque 1979 (pairwise update of sums of squares).
+        """
+        count, sampled = self.count + other.count, self.sampled + other.sampled
+        weight, part = other.count / max(count, 1), other.sampled / max(sampled, 1)
+        moved = other.sampled_mean - self.sampled_mean
+        scale = self.sampled * part
+        mean = self.mean + weight * (other.mean - self.mean)
+        sampled_mean = self.sampled_mean + part * moved
+        scatter = self.scatter + other.scatter + scale * _outer(moved, moved)
+        if not (self.is_shifted or other.is_shifted):
+            return SecondOrder(
+                count, mean, mean, sampled, sampled_mean, sampled_mean, scatter, scatter
+            )
+        drift = other.sampled_reference - self.sampled_reference
+        return SecondOrder(
+            count=count,
+            mean=mean,
+            reference_mean=self.reference_mean
+            + weight * (other.reference_mean - self.reference_mean),
+            sampled=sampled,
+            sampled_mean=sampled_mean,
+            sampled_reference=self.sampled_reference + part * drift,
+            scatter=scatter,
+            cross=self.cross + other.cross + scale * _outer(drift, moved),
         )
-        cube = np.ascontiguousarray(x.reshape(*x.shape[:2], *_three(x.shape[2:], 1)))
-        return cube, x.shape[0] * int(np.prod(window.positions)), geometry
 
-    def mean(self) -> np.ndarray | None:
-        if self.total is None or not self.count:
-            return None
-        return np.asarray(self.total / self.count).reshape(self.groups, -1)
+
+def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray(a[:, :, None] * b[:, None, :])
+
+
+class Accumulator:
+    """Adds up second-order statistics of one source, sample by sample.
+
+    Args:
+        source: The input and its window.
+        patches: Patches to draw of each sample, about.
+        rng: Draws their positions.
+        shifted: Whether the float model's input is given, too, and differs.
+    """
+
+    def __init__(
+        self, source: PatchSource, patches: int, rng: np.random.Generator, *, shifted: bool = False
+    ) -> None:
+        self._source = source
+        self._patches = patches
+        self._rng = rng
+        self._shifted = shifted
+        shape = (source.groups, source.columns)
+        self._count = 0
+        self._total, self._reference = np.zeros(shape), np.zeros(shape)
+        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
+        self._rows = 0
+        self._most = max(1, _CHUNK // (4 * source.groups * source.columns))
+        self._sum: SecondOrder | None = None
+
+    def add(self, x: np.ndarray, reference: np.ndarray | None = None) -> None:
+        """Take in one sample.
+
+        Args:
+            x: The layer's input, float32.
+            reference: The same in the float model, where the statistics are `shifted`.
+        """
+        positions = self._source.positions(x)
+        picked = _pick(positions, self._patches, self._rng)
+        drawn = self._source.draw(x, picked)
+        self._count += positions
+        self._total += self._source.sums(x)
+        known = drawn
+        if self._shifted:
+            assert reference is not None
+            known = self._source.draw(reference, picked)
+            self._reference += self._source.sums(reference)
+        self._kept.append((drawn, known))
+        self._rows += len(drawn)
+        if self._rows >= self._most:
+            self._reduce()
 
     def result(self) -> SecondOrder | None:
-        mean = self.mean()
-        if mean is None or self.moment is None or self.sampled_total is None:
+        """What came of it; None if there was no patch.
+
+        Raises:
+            CalibrationError: A value was not finite.
+        """
+        self._reduce()
+        if self._sum is None or not self._count:
             return None
-        return SecondOrder(
-            mean=mean,
-            moment=self.moment / self.sampled,
-            sampled_mean=self.sampled_total / self.sampled,
-            sampled=self.sampled,
-        )
+        found = self._sum
+        found.count = self._count
+        found.mean = self._total / self._count
+        found.reference_mean = self._reference / self._count if self._shifted else found.mean
+        if not np.isfinite(found.scatter).all() or not np.isfinite(found.cross).all():
+            raise CalibrationError(
+                "values are NaN or infinite, or too large for their squares",
+                where=f"tensor {self._source.name}",
+                fix="check the samples, and that they are preprocessed as in training",
+            )
+        return found
+
+    def _reduce(self) -> None:
+        """Multiply what was drawn since the last time."""
+        if not self._rows:
+            return
+        x = np.concatenate([a for a, _ in self._kept]).transpose(1, 0, 2)
+        mean = x.mean(axis=1, dtype=np.float64)
+        centred = x - mean[:, None].astype(np.float32)
+        scatter = _product(centred, centred)
+        known, cross = mean, scatter
+        if self._shifted:
+            y = np.concatenate([b for _, b in self._kept]).transpose(1, 0, 2)
+            known = y.mean(axis=1, dtype=np.float64)
+            cross = _product(y - known[:, None].astype(np.float32), centred)
+        part = SecondOrder(self._rows, mean, known, self._rows, mean, known, scatter, cross)
+        self._sum = part if self._sum is None else self._sum.merge(part)
+        self._kept, self._rows = [], 0
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Per group a^T b in float32, as float64; of one matrix with itself at half the cost (syrk)."""
+    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
+        parts = [np.dot(x.T, y) for x, y in zip(a, b, strict=True)]
+    return np.asarray(parts, np.float64)
+
+
+def correct_bias(layer: Layer, rounded: np.ndarray, statistics: SecondOrder | np.ndarray) -> None:
+    """Move the bias so that rounding the weight W to Q keeps the mean output: b += W m - Q m'.
+
+    Args:
+        layer: A layer that takes a bias and has no computed one, its weight not yet rounded.
+        rounded: Q as rows, [G, O/G, K].
+        statistics: What holds the mean patches m and m', or m = m' itself, [G, K].
+    """
+    if isinstance(statistics, SecondOrder):
+        wanted, given = statistics.reference_mean, statistics.mean
+    else:
+        wanted = given = statistics
+    before = np.einsum("gok,gk->go", rows_of(layer).astype(np.float64), wanted)
+    shift = (before - np.einsum("gok,gk->go", rounded.astype(np.float64), given)).reshape(-1)
+    alpha = float(layer.node.attrs.get("alpha", 1.0))  # of a Gemm
+    layer.set_bias((layer.take_bias() + alpha * shift).astype(np.float32))
 
 
 def input_session(model: Model, layers: Sequence[Layer], threads: int) -> Session:
@@ -212,15 +265,18 @@ def collect(
             output draw four per weight.
         progress: Called with 1 after each sample.
     """
-    sources = _sources(layers)
+    sums = {
+        source: Accumulator(source, patches_per_sample(source, patches, expected), rng)
+        for source in _sources(layers)
+    }
+    for source, x in _inputs(sums, session, samples, progress):
+        sums[source].add(x)
+    return _by_layer(layers, {source: total.result() for source, total in sums.items()})
 
-    def add(source: _Source, x: np.ndarray) -> None:
-        wanted = max(patches, 4 * source.columns)
-        source.add_mean(x)
-        source.add_moment(x, max(1, -(-wanted // max(expected, 1))), rng)
 
-    _observe(sources, session, samples, progress, add)
-    return _by_layer(sources, _Source.result)
+def patches_per_sample(source: PatchSource, patches: int, samples: int) -> int:
+    """How many patches of a source to draw of each of so many samples; at least one."""
+    return max(1, -(-max(patches, 4 * source.columns) // max(samples, 1)))
 
 
 def collect_means(
@@ -231,57 +287,51 @@ def collect_means(
     progress: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, np.ndarray]:
     """The mean patch [G, K] of each layer's input alone; the arguments are those of `collect`."""
-    sources = _sources(layers)
-    _observe(sources, session, samples, progress, _Source.add_mean)
-    return _by_layer(sources, _Source.mean)
+    means = {source: _Mean() for source in _sources(layers)}
+    for source, x in _inputs(means, session, samples, progress):
+        means[source].add(source, x)
+    return _by_layer(layers, {source: mean.result() for source, mean in means.items()})
 
 
-def _sources(layers: Sequence[Layer]) -> list[_Source]:
-    sources: dict[tuple[object, ...], _Source] = {}
-    for layer in layers:
-        op = "Conv" if layer.op == "Conv" else "rows"
-        size = tuple(layer.weight.shape[2:]) if layer.op == "Conv" else ()
-        keys = ("strides", "dilations", "pads", "auto_pad")
-        attrs = {k: layer.node.attrs[k] for k in keys if k in layer.node.attrs}
-        key = (layer.x.name, op, layer.group, size, repr(attrs))
-        if key not in sources:
-            columns = rows_of(layer).shape[-1]
-            sources[key] = _Source(layer.x.name, op, layer.group, size, attrs, columns)
-        sources[key].layers.append(layer)
-    return list(sources.values())
+@dataclass
+class _Mean:
+    total: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    count: int = 0
+
+    def add(self, source: PatchSource, x: np.ndarray) -> None:
+        self.total = self.total + source.sums(x)
+        self.count += source.positions(x)
+
+    def result(self) -> np.ndarray | None:
+        return self.total / self.count if self.count else None
 
 
-def _observe(
-    sources: Sequence[_Source],
+def _sources(layers: Sequence[Layer]) -> list[PatchSource]:
+    return [*dict.fromkeys(map(PatchSource.of, layers))]
+
+
+def _inputs(
+    sources: Iterable[PatchSource],
     session: Session,
     samples: Iterable[Mapping[str, np.ndarray]],
     progress: Callable[[int], object],
-    add: Callable[[_Source, np.ndarray], None],
-) -> None:
+) -> Iterable[tuple[PatchSource, np.ndarray]]:
     for feed in samples:
         values = {**feed, **session.run_shared(feed)}
         for source in sources:
-            add(source, np.asarray(values[source.name], np.float32))
+            yield source, np.asarray(values[source.name], np.float32)
         del values  # before the next ones are made
         progress(1)
 
 
-def _by_layer(sources: Sequence[_Source], get: Callable[[_Source], _T | None]) -> dict[str, _T]:
-    found: dict[str, _T] = {}
-    for source in sources:
-        result = get(source)
-        if result is not None:
-            found.update((layer.name, result) for layer in source.layers)
-    return found
+def _by_layer(
+    layers: Sequence[Layer], found: Mapping[PatchSource, _T | None]
+) -> dict[str, _T]:
+    results = ((layer.name, found[PatchSource.of(layer)]) for layer in layers)
+    return {name: result for name, result in results if result is not None}
 
 
 def _pick(positions: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
     if positions <= wanted:
         return np.arange(positions)
     return np.sort(rng.integers(0, positions, wanted))
-
-
-def _three(sizes: tuple[int, ...], fill: int) -> _Three:
-    """Sizes of up to three spatial axes, leading axes filled."""
-    padded = (*[fill] * (3 - len(sizes)), *sizes)
-    return padded[0], padded[1], padded[2]
