@@ -12,12 +12,13 @@ All is done in units of a row's scale and of the mean of H's diagonal, where a m
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["anneal", "objective"]
+__all__ = ["Choices", "anneal", "choices", "objective"]
 
 # Rows of one piece of work.
 ROWS = 16
@@ -43,6 +44,35 @@ def objective(error: np.ndarray, gram: np.ndarray, linear: np.ndarray | None = N
         pull += 2.0 * linear
     cost: np.ndarray = np.einsum("...k,...k->...", wide, pull)
     return cost.reshape(-1)
+
+
+class Choices(NamedTuple):
+    """The values that each weight may take: rounded down, up, and whichever of them is nearest."""
+
+    low: np.ndarray
+    high: np.ndarray
+    nearest: np.ndarray
+
+
+def choices(
+    weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, qmin: int, qmax: int
+) -> Choices:
+    """Values s (q - z), float32, for each weight; equal where it has no choice.
+
+    Args:
+        weight: float32 [..., K].
+        scale: float32, one per row.
+        zero: Zero points, int32, one per row.
+        qmin: Least integer.
+        qmax: Greatest integer.
+    """
+    shape = (*weight.shape[:-1], 1)
+    s, z = np.asarray(scale, np.float32).reshape(shape), np.asarray(zero, np.int64).reshape(shape)
+    steps = weight.astype(np.float64) / s
+    low = np.clip(np.floor(steps), qmin - z, qmax - z)
+    high = np.clip(np.ceil(steps), qmin - z, qmax - z)
+    near = np.clip(np.rint(weight / s), low, high)
+    return Choices(*(q.astype(np.float32) * s for q in (low, high, near)))
 
 
 def anneal(
@@ -120,15 +150,8 @@ class _Problem:
         self.weight = np.asarray(weight, np.float32).reshape(groups, -1, columns)
         shape = (groups, self.weight.shape[1], 1)
         self.scale = np.asarray(scale, np.float32).reshape(shape)
-        z = np.asarray(zero, np.int64).reshape(shape)
         self.linear = None if linear is None else linear.reshape(self.weight.shape)
-        steps = self.weight.astype(np.float64) / self.scale
-        low = np.clip(np.floor(steps), qmin - z, qmax - z)
-        high = np.clip(np.ceil(steps), qmin - z, qmax - z)
-        near = np.clip(np.rint(self.weight / self.scale), low, high)
-        self.low, self.high, self.nearest = (
-            q.astype(np.float32) * self.scale for q in (low, high, near)
-        )
+        self.low, self.high, self.nearest = choices(self.weight, scale, zero, qmin, qmax)
         diagonal = np.diagonal(self.gram, axis1=1, axis2=2)
         self.unit = np.maximum(diagonal.mean(axis=1), 1e-300).reshape(groups, 1, 1)
         loud = (diagonal > SILENT * self.unit[:, :, 0])[:, None]
@@ -163,7 +186,7 @@ class _Problem:
         move = np.where(self.open, np.where(first == self.low, 1, -1), 0)
         move = move.astype(np.float32).reshape(-1, columns)
         pull = self.pull(first)
-        spread = 1 / np.square(gram).mean(axis=(1, 2)) / columns**2  # (tr H / |H|)^2 / K
+        spread = 1 / np.maximum(np.square(gram).mean(axis=(1, 2)), 1e-30) / columns**2
         pairs = float(np.clip(0.5 - spread.mean(), 0.05, 0.5))
         schedule = np.geomspace(0.1, 0.001, max(sweeps, 1)).astype(np.float32)
 
@@ -210,7 +233,10 @@ def _random(state: np.uint64) -> np.uint64:
 
 
 @kernel
-def _follow(row: np.ndarray, sign: np.float32, pull: np.ndarray) -> None:
+def _flip(gram: np.ndarray, k: int | np.integer, move: np.ndarray, pull: np.ndarray) -> None:
+    """Follow the move of weight k."""
+    sign, row = move[k], gram[k]
+    move[k] = -sign
     for j in range(pull.size):
         pull[j] += sign * row[j]
 
@@ -227,9 +253,7 @@ def _search(gram: np.ndarray, move: np.ndarray, pull: np.ndarray) -> None:
         rounds += 1
         for k in range(columns):
             if move[k] != 0 and 2 * move[k] * pull[k] + gram[k, k] < -least:
-                sign = move[k]
-                move[k] = -sign
-                _follow(gram[k], sign, pull)
+                _flip(gram, k, move, pull)
                 improved = True
         if improved:
             continue
@@ -244,10 +268,8 @@ def _search(gram: np.ndarray, move: np.ndarray, pull: np.ndarray) -> None:
                 if change < lowest and j != k and move[j] != 0:
                     lowest, partner = change, j
             if lowest < -least:
-                for i in (k, partner):
-                    sign = move[i]
-                    move[i] = -sign
-                    _follow(gram[i], sign, pull)
+                _flip(gram, k, move, pull)
+                _flip(gram, partner, move, pull)
                 improved = True
 
 
@@ -267,10 +289,8 @@ def _enumerate(gram: np.ndarray, move: np.ndarray, pull: np.ndarray, places: np.
         while not (count >> bit) & 1:
             bit += 1
         k = places[bit]
-        sign = now[k]
-        total += 2 * sign * pull[k] + gram[k, k]
-        now[k] = -sign
-        _follow(gram[k], sign, pull)
+        total += 2 * now[k] * pull[k] + gram[k, k]
+        _flip(gram, k, now, pull)
         if total < best:
             best = total
             move[:] = now
@@ -318,18 +338,14 @@ def _anneal(
                     state = _random(state)
                     limit = temperature * chances[state & np.uint64(4095)]
                     if change < limit:
-                        sign = m[k]
-                        m[k] = -sign
-                        _follow(h[k], sign, g)
+                        _flip(h, k, m, g)
                         total += change
                     elif (state >> np.uint64(16)) & np.uint64(65535) < pair_below:
-                        j = int((state >> np.uint64(32)) % np.uint64(columns))
+                        j = np.int64((state >> np.uint64(32)) % np.uint64(columns))
                         change += 2 * m[j] * g[j] + own[j] + 2 * m[k] * m[j] * h[k, j]
                         if change < limit and j != k:
-                            for i in (k, j):
-                                sign = m[i]
-                                m[i] = -sign
-                                _follow(h[i], sign, g)
+                            _flip(h, k, m, g)
+                            _flip(h, j, m, g)
                             total += change
                 if total < best:
                     best = total

@@ -77,6 +77,8 @@ def quantize(
     statistics: str | os.PathLike[str] | None = None,
     data_free: bool = False,
     report: str | os.PathLike[str] | None = None,
+    budget_s: float | None = None,
+    resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -100,6 +102,8 @@ def quantize(
         statistics: A file in which calibration statistics are kept for the next run.
         data_free: Make samples up instead of reading any, see `onnxq.synthetic`.
         report: A file for the report as a page (HTML).
+        budget_s: Seconds that passes which search may take; None: as long as it takes.
+        resume: A folder where such passes keep what is finished, and take it up again.
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -132,6 +136,8 @@ def quantize(
         statistics=statistics,
         data_free=data_free,
         report=report,
+        budget_s=budget_s,
+        resume=resume,
         seed=seed,
         threads=threads,
         progress=progress,
@@ -150,6 +156,8 @@ def run(
     statistics: str | os.PathLike[str] | None = None,
     data_free: bool = False,
     report: str | os.PathLike[str] | None = None,
+    budget_s: float | None = None,
+    resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
     progress: Progress | None = None,
@@ -186,6 +194,8 @@ def run(
         threads=threads,
         progress=progress,
         statistics=_known_statistics(kept, before),
+        budget_s=budget_s,
+        resume=resume,
     )
     after = before.clone()
     ranges = WeightRanges(before)

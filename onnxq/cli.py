@@ -64,6 +64,21 @@ def _kept(text: str) -> str:
     return "\n\n".join(f"\b\n{p}" if "\n " in p else p for p in paragraphs)
 
 
+class _Duration(click.ParamType):
+    """Seconds, minutes or hours, as a number of seconds."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The seconds that a text such as 90, 90s, 1.5m or 1h means."""
+        if isinstance(value, float):
+            return value
+        found = re.fullmatch(r"([0-9]*\.?[0-9]+) *([smh]?)", str(value).strip())
+        if found is None or not float(found[1]) > 0:
+            self.fail(f"{value!r} is no time; write 60s, 5m or 1h", param, ctx)
+        return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
 FILE = click.Path(path_type=Path, readable=False)  # what cannot be read is said by its reader
 COUNT = click.IntRange(min=1)
 
@@ -152,6 +167,24 @@ _seed = click.option(
     metavar="N",
     help="Seed of random choices. The same seed, samples and options give the same bytes.",
 )
+_search = _options(
+    click.option(
+        "--budget",
+        "budget_s",
+        type=_Duration(),
+        metavar="TIME",
+        show_default="as long as it takes",
+        help="Time that passes which search may take, such as 60s, 5m or 1h: more sweeps if there"
+        " is more of it, and what is left when it is up is rounded to nearest.",
+    ),
+    click.option(
+        "--resume",
+        type=click.Path(path_type=Path, file_okay=False),
+        metavar="DIR",
+        help="Keep each finished layer of a search in this folder, and take up what an interrupted"
+        " run of the same model, samples and options left there. The result has the same bytes.",
+    ),
+)
 
 
 @click.group(
@@ -232,6 +265,7 @@ def main() -> None:
 @_samples
 @_statistics
 @_report
+@_search
 @_seed
 @_threads
 @_output
@@ -283,6 +317,7 @@ def quantize(
 @_samples
 @_statistics
 @_report
+@_search
 @_seed
 @_threads
 @_output

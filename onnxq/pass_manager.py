@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -68,9 +69,11 @@ class Context:
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
         statistics: Statistics of an earlier run on the same model and data, to be reused.
+        budget_s: Seconds from now on that searches may take, as far as passes can choose.
+        resume: A folder where long passes keep what is finished, and take it up again.
 
     Raises:
-        RecipeError: A seed or a number of threads that means nothing.
+        RecipeError: A seed, a number of threads or a budget that means nothing.
         TargetError: No target has that name.
     """
 
@@ -83,6 +86,8 @@ class Context:
         threads: int = 0,
         progress: Progress | None = None,
         statistics: Statistics | None = None,
+        budget_s: float | None = None,
+        resume: str | os.PathLike[str] | None = None,
     ) -> None:
         given = data is None or isinstance(data, Calibration)
         self.data: Calibration | None = data if given else Calibration(data)
@@ -90,7 +95,11 @@ class Context:
             raise RecipeError(f"seed: wanted 0 or more, got {seed}")
         if not 0 <= threads <= MOST_THREADS:
             raise RecipeError(f"threads: wanted 0 (all cores) to {MOST_THREADS}, got {threads}")
+        if budget_s is not None and not budget_s > 0:
+            raise RecipeError(f"budget: wanted more than 0 seconds, got {budget_s:g}")
         self.seed = seed
+        self.deadline = None if budget_s is None else time.monotonic() + budget_s
+        self.resume = None if resume is None else Path(resume)
         self.target = Target.named(target)
         self.threads = threads
         self.progress: Progress = progress or Silent()

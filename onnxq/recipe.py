@@ -69,6 +69,34 @@ name = "gptq"
 [[pass]]
 name = "insert-qdq"
 """,
+    "accurate": """\
+name = "accurate"
+description = "For weights of few bits, or the last tenth: AdaRound, layer after layer."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "gate-equalization"
+
+[[pass]]
+name = "calibrate"
+
+[[pass]]
+name = "residual-input"
+
+[[pass]]
+name = "adaround"
+
+[[pass]]
+name = "insert-qdq"
+""",
     "per-tensor": """\
 name = "per-tensor"
 description = "For targets with one scale per weight: channels are evened out first."

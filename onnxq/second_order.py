@@ -14,13 +14,14 @@ mean, and because what a bias can make up for is no error of the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
 
 from onnxq.errors import CalibrationError
+from onnxq.kernels.gram import add_outer_products
 from onnxq.model import Layer, Model
 from onnxq.patches import PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
@@ -33,13 +34,20 @@ __all__ = [
     "correct_bias",
     "input_session",
     "rows_of",
+    "patches_per_sample",
     "supports",
+    "takes_bias",
     "weight_of",
 ]
 
 _T = TypeVar("_T")
+_Pair = tuple[np.ndarray, np.ndarray]
+_Picked = tuple[np.ndarray, np.ndarray, int, np.ndarray]
+Map = Callable[..., Iterable[tuple[int, _Pair, _Pair]]]
 # Bytes of patches that are multiplied at once: enough for the speed of large products.
 _CHUNK = 32 << 20
+# Patches so short are multiplied by a kernel of our own.
+_SHORT = 32
 
 
 @dataclass
@@ -157,20 +165,37 @@ class Accumulator:
             x: The layer's input, float32.
             reference: The same in the float model, where the statistics are `shifted`.
         """
-        positions = self._source.positions(x)
-        picked = _pick(positions, self._patches, self._rng)
-        drawn = self._source.draw(x, picked)
-        self._count += positions
-        self._total += self._source.sums(x)
-        known = drawn
-        if self._shifted:
-            assert reference is not None
-            known = self._source.draw(reference, picked)
-            self._reference += self._source.sums(reference)
-        self._kept.append((drawn, known))
-        self._rows += len(drawn)
-        if self._rows >= self._most:
-            self._reduce()
+        self.add_all([(x, x if reference is None else reference)], map)
+
+    def add_all(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]], each: Map = map) -> None:
+        """Take in samples: what the layer reads, and the same in the float model.
+
+        Args:
+            pairs: Of arrays, float32; the second counts where the statistics are `shifted`.
+            each: As `map`; that of an executor draws patches side by side.
+        """
+        for positions, totals, drawn in each(self._drawn, self._picked(pairs)):
+            self._count += positions
+            self._total += totals[0]
+            self._reference += totals[1]
+            self._kept.append(drawn)
+            self._rows += len(drawn[0])
+            if self._rows >= self._most:
+                self._reduce()
+
+    def _picked(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[_Picked]:
+        for x, reference in pairs:
+            positions = self._source.positions(x)
+            yield x, reference, positions, _pick(positions, self._patches, self._rng)
+
+    def _drawn(self, given: _Picked) -> tuple[int, _Pair, _Pair]:
+        """How many patches a sample has, their sums, and some of them: of x' and of x."""
+        x, reference, positions, picked = given
+        total, drawn = self._source.sums(x), self._source.draw(x, picked)
+        if not self._shifted:
+            return positions, (total, total), (drawn, drawn)
+        known = self._source.sums(reference), self._source.draw(reference, picked)
+        return positions, (total, known[0]), (drawn, known[1])
 
     def result(self) -> SecondOrder | None:
         """What came of it; None if there was no patch.
@@ -197,25 +222,48 @@ class Accumulator:
         """Multiply what was drawn since the last time."""
         if not self._rows:
             return
-        x = np.concatenate([a for a, _ in self._kept]).transpose(1, 0, 2)
-        mean = x.mean(axis=1, dtype=np.float64)
-        centred = x - mean[:, None].astype(np.float32)
-        scatter = _product(centred, centred)
-        known, cross = mean, scatter
-        if self._shifted:
-            y = np.concatenate([b for _, b in self._kept]).transpose(1, 0, 2)
-            known = y.mean(axis=1, dtype=np.float64)
-            cross = _product(y - known[:, None].astype(np.float32), centred)
+        x = np.concatenate([a for a, _ in self._kept])
+        y = np.concatenate([b for _, b in self._kept]) if self._shifted else x
+        mean = x.mean(axis=0, dtype=np.float64)
+        known = y.mean(axis=0, dtype=np.float64) if self._shifted else mean
+        scatter = _products(x, x, mean, mean)
+        cross = _products(y, x, known, mean) if self._shifted else scatter
         part = SecondOrder(self._rows, mean, known, self._rows, mean, known, scatter, cross)
         self._sum = part if self._sum is None else self._sum.merge(part)
         self._kept, self._rows = [], 0
 
 
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Per group a^T b in float32, as float64; of one matrix with itself at half the cost (syrk)."""
+def _products(a: np.ndarray, b: np.ndarray, centre: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Per group the sum of (a - centre) (b - other)^T over patches, added up in float32.
+
+    Args:
+        a: float32 [P, G, K].
+        b: float32 [P, G, K]; the same array costs half (syrk).
+        centre: Mean of a, [G, K].
+        other: Mean of b, [G, K].
+
+    Returns:
+        float64 [G, K, K].
+    """
+    means = centre.astype(np.float32), other.astype(np.float32)
+    _, groups, columns = a.shape
+    total = np.zeros((groups, columns, columns), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
-        parts = [np.dot(x.T, y) for x, y in zip(a, b, strict=True)]
-    return np.asarray(parts, np.float64)
+        if groups > 1 and columns <= _SHORT:
+            add_outer_products(a, b, *means, total)
+        else:
+            for g in range(groups):
+                left = a[:, g] - means[0][g]
+                right = left if a is b else b[:, g] - means[1][g]
+                np.dot(left.T, right, out=total[g])
+    return total.astype(np.float64)
+
+
+def takes_bias(layer: Layer) -> bool:
+    """Whether the bias of a layer can be moved: it may have one, and none that is computed."""
+    if layer.op not in ("Conv", "ConvTranspose", "Gemm"):
+        return False
+    return layer.bias is not None or layer.bias_tensor is None
 
 
 def correct_bias(layer: Layer, rounded: np.ndarray, statistics: SecondOrder | np.ndarray) -> None:

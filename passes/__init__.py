@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxq.passes.adaround import AdaRound
     from onnxq.passes.bias_correction import BiasCorrection
     from onnxq.passes.calibrate import Calibrate
     from onnxq.passes.clean import Clean
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GPTQ",
     "PASSES",
+    "AdaRound",
     "BiasCorrection",
     "Calibrate",
     "Clean",
@@ -50,6 +52,7 @@ PASSES = {
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
     "residual-input": "onnxq.passes.residual_input:ResidualInput",
     "gptq": "onnxq.passes.gptq:GPTQ",
+    "adaround": "onnxq.passes.adaround:AdaRound",
     "bias-correction": "onnxq.passes.bias_correction:BiasCorrection",
     "insert-qdq": "onnxq.passes.insert_qdq:InsertQDQ",
 }

@@ -1,0 +1,97 @@
+"""Layers that are finished, kept in a folder, so that a run that broke off goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from onnxq.errors import OnnxqError
+from onnxq.model import Layer, Model
+
+__all__ = ["Checkpoint", "fingerprint"]
+
+
+def fingerprint(model: Model, *parts: object) -> str:
+    """SHA-256 of a model, its encodings and what else decides about a result, in hexadecimal."""
+    sha = hashlib.sha256(model.digest().encode())
+    for name, encoding in sorted(model.encodings.tensors.items()):
+        sha.update(f"{name} {encoding.dtype} {encoding.axis}".encode())
+        sha.update(encoding.scale.tobytes())
+        sha.update(encoding.zero_point.tobytes())
+    for part in parts:
+        sha.update(repr(part).encode())
+    return sha.hexdigest()
+
+
+class Checkpoint:
+    """Weights, biases and scales of finished layers, one file each.
+
+    Args:
+        folder: Where they are kept, in a folder of its own for each key; made if need be.
+        key: What the result depends on, see `fingerprint`: nothing else is taken up again.
+
+    Raises:
+        OnnxqError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = folder / key[:16]
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(folder, error) from error
+
+    def restore(self, layer: Layer, index: int) -> bool:
+        """Give a layer what was kept of it; False if nothing was."""
+        path = self._path(index)
+        try:
+            with np.load(path, allow_pickle=False) as kept:
+                found = {name: kept[name] for name in kept.files}
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+            raise OnnxqError(
+                "cannot be read", where=path, fix="delete it, and the layer is done again"
+            ) from error
+        name = layer.weight_tensor.name
+        encoding = layer.model.encodings[name]
+        layer.set_weight(found["weight"])
+        layer.model.encodings[name] = replace(encoding, scale=found["scale"])
+        if "bias" in found:
+            layer.set_bias(found["bias"])
+        return True
+
+    def keep(self, layer: Layer, index: int) -> None:
+        """Keep a finished layer; the file appears whole or not at all.
+
+        Raises:
+            OnnxqError: It cannot be written.
+        """
+        path = self._path(index)
+        arrays = {
+            "weight": layer.weight,
+            "scale": layer.model.encodings[layer.weight_tensor.name].scale,
+        }
+        if layer.bias is not None:
+            arrays["bias"] = layer.bias
+        beside = path.with_suffix(".part")
+        try:
+            with beside.open("wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]  # of keywords alone
+            os.replace(beside, path)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index:04d}.npz"
+
+
+def _unwritable(path: Path, error: OSError) -> OnnxqError:
+    return OnnxqError(
+        f"cannot be written: {error.strerror}", where=path, fix="give --resume another folder"
+    )

@@ -1,0 +1,194 @@
+"""What each layer will read once the layers before it are quantized, one layer after the other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from onnxq.frontier import Frontier
+from onnxq.model import Layer, Model
+from onnxq.pass_manager import Context
+from onnxq.patches import PatchSource
+from onnxq.runtime import Session, cores
+from onnxq.second_order import Accumulator, SecondOrder, collect, input_session
+from onnxq.simulation import input_name, simulated
+
+__all__ = ["LayerInputs", "patches_for", "statistics_bytes"]
+
+# Patches that even the shortest patch is worth, and how many more each of its values is.
+LEAST_PATCHES, PATCHES_PER_VALUE = 4096, 64
+_MB = 1 << 20
+
+
+def patches_for(columns: int, most: int) -> int:
+    """How many patches of K values to draw: short ones need fewer, never less than four a value."""
+    return max(min(most, max(LEAST_PATCHES, PATCHES_PER_VALUE * columns)), 4 * columns)
+
+
+def statistics_bytes(layer: Layer) -> int:
+    """Bytes that the second moments of a layer's input take while they are added up."""
+    source = PatchSource.of(layer)
+    return 40 * source.groups * source.columns**2  # two sums, one part of each, and products
+
+
+class LayerInputs:
+    """Second-order statistics of the inputs of layers, asked for in graph order.
+
+    Sequentially, two frontiers move through the graph side by side: one of the float model, one of
+    the model as it will be in integers, which takes over the weights that are settled.  Otherwise
+    the float model's inputs stand for both, and groups of layers share one run over the samples.
+
+    Args:
+        model: The model, float weights and encodings in place.
+        layers: The layers that will be asked for, in graph order.
+        ctx: Where samples come from.
+        rng: A generator for the positions of patches, given the index of a layer.
+        sequential: Whether what a layer reads is that of the model in integers.
+        samples: Use at most so many samples, spread evenly; 0 uses all.
+        patches: Patches per layer, about.
+        memory_mb: Megabytes that activations, and that statistics may take; where they would take
+            more, fewer samples are kept, or layers go in smaller groups.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[Layer],
+        ctx: Context,
+        *,
+        rng: Callable[[int], np.random.Generator],
+        sequential: bool,
+        samples: int,
+        patches: int,
+        memory_mb: int,
+    ) -> None:
+        self._model = model
+        self._layers = [*layers]
+        self._ctx = ctx
+        self._rng = rng
+        self._patches = patches
+        self._limit = samples
+        self._memory = memory_mb * _MB
+        self._threads = min(ctx.threads, cores()) or cores()
+        self._known: dict[str, SecondOrder | None] = {}
+        self._last: tuple[PatchSource, SecondOrder | None] | None = None
+        self.notes: list[str] = []
+        self.samples: list[Mapping[str, np.ndarray]] = []
+        self._frontiers: tuple[Frontier, Frontier] | None = None
+        if sequential:
+            self.samples = self._load()
+            self._simulated = simulated(model, ctx.target)
+            protos = model.to_proto(), self._simulated.to_proto()
+            floats, ints = (Frontier(p, self.samples, threads=self._threads) for p in protos)
+            self._frontiers = floats, ints
+
+    def digest(self) -> str:
+        """SHA-256 of the samples, in hexadecimal."""
+        sha = hashlib.sha256()
+        session = Session(self._model.to_proto(), threads=1, level="disabled")
+        for feed in self.samples or self._ctx.spread(session, self._limit):
+            for name, array in sorted(feed.items()):
+                sha.update(f"{name} {array.dtype} {array.shape}".encode())
+                sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
+
+    def measure(self, layer: Layer) -> SecondOrder | None:
+        """The statistics of a layer's input; None if no sample reached it.
+
+        Raises:
+            CalibrationError: A value is not finite.
+        """
+        index = next(i for i, known in enumerate(self._layers) if known.name == layer.name)
+        if self._frontiers is None:
+            if layer.name not in self._known:
+                self._known = self._collect(index)
+            return self._known.get(layer.name)
+        source = PatchSource.of(layer)
+        if self._last is not None and self._last[0] == source:
+            return self._last[1]
+        found = self._add_up(layer, source, self._rng(index))
+        self._last = source, found
+        return found
+
+    def settle(self, layer: Layer) -> None:
+        """Let the layers that follow meet what this one now makes of its input."""
+        if self._frontiers is None:
+            return
+        for tensor in (layer.weight_tensor, layer.bias_tensor):
+            if tensor is not None:
+                self._frontiers[1].set_constant(tensor.name, self._model.array(tensor))
+
+    # ---------------------------------------------------------------------- sequentially
+
+    def _load(self) -> list[Mapping[str, np.ndarray]]:
+        """The samples, as many as leave room for their activations."""
+        session = Session(self._model.to_proto(), threads=1, level="disabled")
+        first = [*self._ctx.spread(session, 1)]
+        each = 2 * self._peak(first)  # of the float model and of the other
+        most = max(1, self._memory // max(each, 1))
+        wanted = self._limit
+        known = self._ctx.spread(session, wanted).length
+        if known is None or known > most:
+            wanted = most if not wanted else min(wanted, most)
+        found = [*self._ctx.spread(session, wanted)]
+        if known is not None and len(found) < known:
+            self.notes.append(
+                f"{len(found)} of {known} samples used: more would take more than"
+                f" {self._memory // _MB} MB"
+            )
+        return found
+
+    def _peak(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> int:
+        """The most bytes that one sample takes on the way through the float model."""
+        frontier = Frontier(self._model.to_proto(), feeds)
+        peak = frontier.nbytes
+        for layer in self._layers:
+            frontier.advance(layer.x.name)
+            peak = max(peak, frontier.nbytes)
+        return peak
+
+    def _add_up(
+        self, layer: Layer, source: PatchSource, rng: np.random.Generator
+    ) -> SecondOrder | None:
+        assert self._frontiers is not None
+        floats, ints = self._frontiers
+        inner = input_name(self._simulated, layer)
+        floats.advance(layer.x.name)
+        ints.advance(inner)
+        wanted = patches_for(source.columns, self._patches)
+        each = max(1, -(-wanted // max(len(self.samples), 1)))
+        total = Accumulator(source, each, rng, shifted=True)
+        pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
+        if self._threads == 1:
+            total.add_all(pairs)
+        else:
+            with ThreadPoolExecutor(self._threads) as pool:
+                total.add_all(pairs, pool.map)
+        return total.result()
+
+    # ---------------------------------------------------------------------- from the float model
+
+    def _collect(self, begin: int) -> dict[str, SecondOrder | None]:
+        """Statistics of as many layers as memory holds, from one run over the samples."""
+        group, taken = [], 0
+        for layer in self._layers[begin:]:
+            taken += statistics_bytes(layer)
+            if group and taken > self._memory:
+                break
+            group.append(layer)
+        session = input_session(self._model, group, self._ctx.threads)
+        samples = self._ctx.spread(session, self._limit)
+        with self._ctx.progress.task("second-order statistics", samples.length) as advance:
+            found = collect(
+                group,
+                session,
+                samples,
+                expected=samples.length or self._limit or 1,
+                rng=self._rng(begin),
+                patches=self._patches,
+                progress=advance,
+            )
+        return {layer.name: found.get(layer.name) for layer in group}

@@ -1,0 +1,133 @@
+"""The error of a layer's output as a quadratic in its rounded weight.
+
+With d = q - w for a row w of the weight, the expected squared error of its output is, but for what
+no rounding changes, ``d H d^T + 2 d g``, where ``g = w (H - C)`` is there where the layer meets other
+inputs than the float layer did, see `onnxq.second_order`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from onnxq.encoding import Encoding
+from onnxq.kernels.annealing import objective
+from onnxq.kernels.rounding import shrink
+from onnxq.kernels.scales import output_scales
+from onnxq.model import Layer
+from onnxq.patches import rows_of, weight_of
+from onnxq.second_order import SecondOrder, correct_bias, takes_bias
+
+__all__ = ["Quadratic", "settle"]
+
+# Of the mean of H's diagonal, added to it: patches may span fewer dimensions than they have.
+_RIDGE = 1e-6
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """One layer's rounding as an optimization problem.
+
+    Args:
+        rows: The weight, float32 [G, R, K].
+        gram: H, drawn towards its diagonal by its sampling noise, float64 [G, K, K].
+        linear: g, float64 [G, R, K]; None for 0.
+        scale: Scale of each row, float32 [G * R].
+        zero: Zero point of each row, int32 [G * R].
+        qmin: Least integer.
+        qmax: Greatest integer.
+        per_tensor: Whether all rows share one scale.
+    """
+
+    rows: np.ndarray
+    gram: np.ndarray
+    linear: np.ndarray | None
+    scale: np.ndarray
+    zero: np.ndarray
+    qmin: int
+    qmax: int
+    per_tensor: bool
+
+    @classmethod
+    def of(cls, layer: Layer, statistics: SecondOrder) -> Quadratic:
+        """The problem of a layer whose weight has an encoding.
+
+        About the means where a bias makes up for their shift. The rounding noise of the layer's
+        integer input, s_x^2 / 12, is added where the statistics do not hold it already.
+        """
+        encoding = layer.model.encodings[layer.weight_tensor.name]
+        biased = takes_bias(layer)
+        moment = statistics.covariance if biased else statistics.moment
+        rows = np.ascontiguousarray(rows_of(layer), np.float32)
+        linear = None
+        noise = 0.0
+        if statistics.is_shifted:
+            cross = statistics.cross_covariance if biased else statistics.cross_moment
+            linear = np.matmul(rows.astype(np.float64), moment - cross)
+        else:
+            x = layer.model.encodings.get(layer.x.name)
+            noise = 0.0 if x is None else float(x.scale) ** 2 / 12
+        gram = np.empty_like(moment)
+        for g, h in enumerate(moment):
+            gram[g] = shrink(h, statistics.sampled)
+            ridge = noise + _RIDGE * float(np.trace(h)) / len(h) + 1e-30
+            gram[g].flat[:: len(h) + 1] += ridge
+        count = rows.shape[0] * rows.shape[1]
+        scale = np.ascontiguousarray(np.broadcast_to(encoding.scale, count), np.float32)
+        zero = np.ascontiguousarray(np.broadcast_to(encoding.zero_point, count), np.int32)
+        return cls(rows, gram, linear, scale, zero, encoding.qmin, encoding.qmax, encoding.axis is None)
+
+    def with_scale(self, scale: np.ndarray) -> Quadratic:
+        """The same with other scales, [G * R]."""
+        return replace(self, scale=scale.astype(np.float32))
+
+    def best_scale(self) -> np.ndarray:
+        """The scale of least objective under nearest rounding, per row or for all, [G * R]."""
+        return output_scales(
+            self.rows,
+            self.zero,
+            self.qmin,
+            self.qmax,
+            self.gram,
+            self.linear,
+            base=self.scale,
+            per_tensor=self.per_tensor,
+        )
+
+    @property
+    def nearest(self) -> np.ndarray:
+        """The weight rounded to nearest, float32 [G, R, K]."""
+        shape = (*self.rows.shape[:2], 1)
+        scale, zero = self.scale.reshape(shape), self.zero.reshape(shape)
+        codes = np.clip(np.rint(self.rows / scale) + zero, self.qmin, self.qmax) - zero
+        return np.asarray(codes.astype(np.float32) * scale)
+
+    def cost(self, values: np.ndarray) -> np.ndarray:
+        """The objective of each row for values on the grid, float64 [G * R]."""
+        return objective(values - self.rows, self.gram, self.linear)
+
+    def better(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Row by row the better of two roundings; the first where they are equal."""
+        wins = (self.cost(other) < self.cost(one)).reshape(*self.rows.shape[:2], 1)
+        return np.where(wins, other, one)
+
+
+def settle(layer: Layer, rounded: np.ndarray, statistics: SecondOrder, scale: np.ndarray) -> None:
+    """Give a layer its rounded weight, the scales, and the bias that goes with them.
+
+    Args:
+        layer: The layer, its weight still in float.
+        rounded: Values on the grid, [G, R, K].
+        statistics: Of its input.
+        scale: Scale of each row, [G * R].
+    """
+    name = layer.weight_tensor.name
+    encoding: Encoding = layer.model.encodings[name]
+    if takes_bias(layer):
+        correct_bias(layer, rounded, statistics)
+    layer.set_weight(weight_of(layer, rounded).astype(np.float32))
+    known = encoding.scale if encoding.axis is not None else scale[:1].reshape(())
+    if encoding.axis is not None:
+        known = scale[: encoding.scale.size].reshape(encoding.scale.shape)
+    layer.model.encodings[layer.weight_tensor.name] = replace(encoding, scale=known)

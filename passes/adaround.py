@@ -1,0 +1,246 @@
+"""Round weights so that what the quantized layer puts out stays near what the float layer did."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from onnxq.checkpoint import Checkpoint, fingerprint
+from onnxq.errors import RecipeError
+from onnxq.kernels.annealing import anneal
+from onnxq.kernels.relaxation import Relaxation, relax
+from onnxq.kernels.scales import output_scales
+from onnxq.layer_inputs import LayerInputs, statistics_bytes
+from onnxq.model import Layer, Model
+from onnxq.pass_manager import Changes, Context, options
+from onnxq.patches import PatchSource, supports
+from onnxq.quadratic import Quadratic, settle
+from onnxq.runtime import cores
+from onnxq.second_order import takes_bias
+from onnxq.version import __version__
+
+__all__ = ["AdaRound"]
+
+# Sweeps are never more than so many times what was asked for, however much time there is.
+MOST_SWEEPS = 8
+_MB = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaRound:
+    r"""Round each weight up or down, whichever serves the layer's output, and correct the biases.
+
+    To nearest is best for the weight, not for what the layer puts out. With d the rounding error of
+    a row w of the weight, the error of its output is a quadratic in d::
+
+        E|(w + d) x' - w x|^2  =  d H d^T + 2 d g + what no rounding changes
+
+        H = E[x' x'^T]    g = w (H - C)    C = E[x x'^T]    x: input in the float model
+                                                            x': in the model quantized so far
+
+    H and C are collected once per layer, so samples cost little and the search is arithmetic on one
+    matrix. Layers are done in graph order, each against the inputs that the ones before it, now
+    quantized, really give. Before and after::
+
+        W: float                      W: values on the grid of its encoding, scales chosen anew
+        b                             b + W m - Q m'     m, m': mean of x, of x'
+
+    Solver "annealing" walks over the roundings, one weight or two at a time, uphill less and less
+    often. "relaxation" is the paper's: each weight gets a continuous variable between down and
+    up, which a regularizer drives to one of the two; slower, and there for reference. Neither
+    leaves a row worse than rounded to nearest.
+
+    Refused: layers without an encoding (they stay float), weights that two layers share, MatMul
+    with its weight on the left; these are rounded to nearest, as is a layer that no sample
+    reached, and what is left when the time of the run is up.
+
+    Args:
+        solver: annealing or relaxation.
+        sequential: Whether layers are done one after the other, against quantized inputs; otherwise
+            all are from the float model's inputs, in fewer runs.
+        scales: output-error (the best of 40 from 0.4 of the given scale up, by the same error) or
+            given.
+        samples: Use at most so many calibration samples, spread evenly; 0 uses all.
+        patches: Patches drawn per layer, about; fewer where they are short.
+        sweeps: Moves that annealing tries per weight.
+        iterations: Steps of the relaxation.
+        memory_mb: Megabytes that activations and statistics may take each; where more would be
+            needed, fewer samples are used.
+
+    Source: Nagel et al. 2020 (arXiv 2004.10568); annealing: Kirkpatrick et al. 1983.
+    """
+
+    name: ClassVar[str] = "adaround"
+
+    solver: Literal["annealing", "relaxation"] = "annealing"
+    sequential: bool = True
+    scales: Literal["output-error", "given"] = "output-error"
+    samples: int = 0
+    patches: int = 16384
+    sweeps: int = 400
+    iterations: int = 10_000
+    memory_mb: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("patches", "sweeps", "iterations", "memory_mb"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        if self.samples < 0:
+            raise RecipeError(f"samples: wanted 0 or more, got {self.samples}")
+
+    def apply(self, model: Model, ctx: Context) -> Changes:
+        """Rewrite weights, scales and biases."""
+        changes = Changes()
+        layers = [layer for layer in model.layers() if self._wanted(layer, changes)]
+        if not layers:
+            return changes
+        _give_biases(layers)
+        seed = int(ctx.rng(self).integers(2**31))
+        inputs = LayerInputs(
+            model,
+            layers,
+            ctx,
+            rng=lambda index: np.random.default_rng([seed, index]),
+            sequential=self.sequential,
+            samples=self.samples,
+            patches=self.patches,
+            memory_mb=self.memory_mb,
+        )
+        for note in inputs.notes:
+            changes.add(note)
+        checkpoint = None
+        if ctx.resume is not None:
+            key = fingerprint(model, __version__, options(self), ctx.seed, inputs.digest())
+            checkpoint = Checkpoint(ctx.resume, key)
+        clock = _Clock(layers, ctx.deadline, self.sweeps)
+        done = restored = 0
+        size = sum(layer.weight.size for layer in layers)
+        with ctx.progress.task("round weights (thousands)", -(-size // 1000)) as advance:
+            for index, layer in enumerate(layers):
+                if checkpoint is not None and checkpoint.restore(layer, index):
+                    restored += 1
+                elif clock.is_up:
+                    changes.skip(layer.name, "the time was up; rounded to nearest")
+                elif reason := self._do(layer, index, inputs, clock, [seed, index], ctx):
+                    changes.skip(layer.name, f"{reason}; rounded to nearest")
+                else:
+                    done += 1
+                    if checkpoint is not None:
+                        checkpoint.keep(layer, index)
+                inputs.settle(layer)
+                advance(-(-layer.weight.size // 1000))
+        if restored:
+            changes.add(f"{restored} weights taken up from an earlier run")
+        changes.add(f"{done} weights rounded by {self.solver}")
+        return changes
+
+    def _wanted(self, layer: Layer, changes: Changes) -> bool:
+        if layer.weight_encoding is None:
+            return False
+        if not supports(layer):
+            changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")
+            return False
+        if not layer.owns_params or layer.model.is_output(layer.weight_tensor):
+            changes.skip(layer.name, "its weight or bias is shared; rounded to nearest")
+            return False
+        if statistics_bytes(layer) > self.memory_mb * _MB:
+            megabytes = statistics_bytes(layer) // _MB
+            changes.skip(layer.name, f"its statistics take {megabytes} MB; rounded to nearest")
+            return False
+        return True
+
+    def _do(
+        self,
+        layer: Layer,
+        index: int,
+        inputs: LayerInputs,
+        clock: _Clock,
+        seed: Sequence[int],
+        ctx: Context,
+    ) -> str | None:
+        """Round one layer; the reason why not, if there is one."""
+        statistics = inputs.measure(layer)
+        if statistics is None:
+            return "no sample reached it"
+        problem = Quadratic.of(layer, statistics)
+        threads = min(ctx.threads, cores()) or cores()
+        if self.scales == "output-error":
+            problem = problem.with_scale(problem.best_scale())
+        with clock.searching(index) as sweeps:
+            rounded = self._search(problem, sweeps, seed, threads)
+        settle(layer, rounded, statistics, problem.scale)
+        return None
+
+    def _search(
+        self, problem: Quadratic, sweeps: int, seed: Sequence[int], threads: int
+    ) -> np.ndarray:
+        """The best rounding that the solver finds, [G, R, K]."""
+        given = (problem.rows, problem.scale, problem.zero, problem.qmin, problem.qmax)
+        if self.solver == "relaxation":
+            options = Relaxation(iterations=self.iterations)
+            return relax(*given, problem.gram, problem.linear, options=options, threads=threads)
+        start = int(np.random.default_rng(seed).integers(2**31))
+        return anneal(
+            *given, problem.gram, problem.linear, sweeps=sweeps, seed=start, threads=threads
+        )
+
+
+def _give_biases(layers: Sequence[Layer]) -> None:
+    """Bring biases into the form in which they will be corrected: one value per channel."""
+    for layer in layers:
+        if takes_bias(layer):
+            bias = np.broadcast_to(layer.take_bias().reshape(-1), layer.output_channels)
+            layer.set_bias(bias.astype(np.float32))
+
+
+class _Clock:
+    """Shares the time that is left among the layers that are left.
+
+    Args:
+        layers: All that are to be done.
+        deadline: When the time is up, by `time.monotonic`; None: never.
+        sweeps: Sweeps per layer where time does not matter.
+    """
+
+    def __init__(self, layers: Sequence[Layer], deadline: float | None, sweeps: int) -> None:
+        sources = [PatchSource.of(layer) for layer in layers]
+        # a move costs its trial, and once in a while a row of H
+        self._works = [
+            layer.weight.size * (8.0 + source.columns / 16)
+            for layer, source in zip(layers, sources, strict=True)
+        ]
+        self._deadline = deadline
+        self._sweeps = sweeps
+        self._searched = self._spent = 0.0  # work and seconds so far
+        self._begun = time.monotonic()
+        self._done = 0
+
+    @property
+    def is_up(self) -> bool:
+        """Whether no time is left."""
+        return self._deadline is not None and time.monotonic() >= self._deadline
+
+    @contextmanager
+    def searching(self, index: int) -> Iterator[int]:
+        """Give the sweeps that one layer may take, and learn from how long they do."""
+        sweeps = self._affordable(index)
+        start = time.monotonic()
+        yield sweeps
+        self._spent += time.monotonic() - start
+        self._searched += sweeps * self._works[index]
+        self._done += 1
+
+    def _affordable(self, index: int) -> int:
+        if self._deadline is None or not self._done:
+            return self._sweeps
+        now = time.monotonic()
+        aside = (now - self._begun - self._spent) / self._done  # per layer, for its statistics
+        left = self._deadline - now - aside * (len(self._works) - index - 1)
+        share = left * self._works[index] / sum(self._works[index:])
+        rate = self._spent / self._searched
+        return int(np.clip(share / (rate * self._works[index]), 1, MOST_SWEEPS * self._sweeps))
