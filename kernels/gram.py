@@ -23,7 +23,9 @@ def add_outer_products(
         other: float32 [G, K].
         out: float32 [G, K, K].
     """
-    _add_outer_products(*map(read_only, (a, b, centre, other)), out)
+    _add_outer_products(
+        read_only(a), read_only(b), read_only(centre), read_only(other), out
+    )
 
 
 @kernel

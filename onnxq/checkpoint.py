@@ -50,7 +50,7 @@ class Checkpoint:
         """Give a layer what was kept of it; False if nothing was."""
         path = self._path(index)
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
                 found = {name: kept[name] for name in kept.files}
         except FileNotFoundError:
             return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect as inspection_of
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -64,7 +65,7 @@ def _kept(text: str) -> str:
     return "\n\n".join(f"\b\n{p}" if "\n " in p else p for p in paragraphs)
 
 
-class _Duration(click.ParamType):
+class _Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions
     """Seconds, minutes or hours, as a number of seconds."""
 
     name = "time"

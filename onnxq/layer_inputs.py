@@ -13,7 +13,7 @@ from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import PatchSource
 from onnxq.runtime import Session, cores
-from onnxq.second_order import Accumulator, SecondOrder, collect, input_session
+from onnxq.second_order import Accumulator, SecondOrder, collect, input_session, takes_bias
 from onnxq.simulation import input_name, simulated
 
 __all__ = ["LayerInputs", "patches_for", "statistics_bytes"]
@@ -36,6 +36,8 @@ def statistics_bytes(layer: Layer) -> int:
 
 class LayerInputs:
     """Second-order statistics of the inputs of layers, asked for in graph order.
+
+    Layers that take a bias and have none get one of zeros.
 
     Sequentially, two frontiers move through the graph side by side: one of the float model, one of
     the model as it will be in integers, which takes over the weights that are settled.  Otherwise
@@ -78,7 +80,9 @@ class LayerInputs:
         self.notes: list[str] = []
         self.samples: list[Mapping[str, np.ndarray]] = []
         self._frontiers: tuple[Frontier, Frontier] | None = None
+        self._float = model.clone()  # what is settled does not show here
         if sequential:
+            _give_biases(layers)
             self.samples = self._load()
             self._simulated = simulated(model, ctx.target)
             protos = model.to_proto(), self._simulated.to_proto()
@@ -173,13 +177,15 @@ class LayerInputs:
 
     def _collect(self, begin: int) -> dict[str, SecondOrder | None]:
         """Statistics of as many layers as memory holds, from one run over the samples."""
-        group, taken = [], 0
-        for layer in self._layers[begin:]:
+        group: list[Layer] = []
+        taken = 0
+        names = {layer.name for layer in self._layers[begin:]}
+        for layer in (layer for layer in self._float.layers() if layer.name in names):
             taken += statistics_bytes(layer)
             if group and taken > self._memory:
                 break
             group.append(layer)
-        session = input_session(self._model, group, self._ctx.threads)
+        session = input_session(self._float, group, self._ctx.threads)
         samples = self._ctx.spread(session, self._limit)
         with self._ctx.progress.task("second-order statistics", samples.length) as advance:
             found = collect(
@@ -192,3 +198,11 @@ class LayerInputs:
                 progress=advance,
             )
         return {layer.name: found.get(layer.name) for layer in group}
+
+
+def _give_biases(layers: Sequence[Layer]) -> None:
+    """Bring biases into the form in which they will be corrected: one value per channel."""
+    for layer in layers:
+        if takes_bias(layer):
+            bias = np.broadcast_to(layer.take_bias().reshape(-1), layer.output_channels)
+            layer.set_bias(bias.astype(np.float32))

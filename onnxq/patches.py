@@ -101,7 +101,7 @@ class PatchSource:
         """How many patches an input has."""
         if self.op == "rows":
             return int(np.prod(x.shape[:-1]))
-        return x.shape[0] * int(np.prod(self._on(x.shape[2:]).positions))
+        return int(x.shape[0] * np.prod(self._on(x.shape[2:]).positions))
 
     def draw(self, x: np.ndarray, picked: np.ndarray) -> np.ndarray:
         """The patches at some positions.
@@ -158,7 +158,7 @@ def _widened(x: np.ndarray, strides: tuple[int, ...] | None) -> np.ndarray:
         return x
     spatial = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], strides, strict=True)]
     wide = np.zeros((*x.shape[:2], *spatial), x.dtype)
-    wide[(..., *(slice(None, None, s) for s in strides))] = x
+    wide[(slice(None), slice(None), *(slice(None, None, s) for s in strides))] = x
     return wide
 
 

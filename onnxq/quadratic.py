@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxq.encoding import Encoding
 from onnxq.kernels.annealing import objective
-from onnxq.kernels.rounding import shrink
+from onnxq.kernels.rounding import gptq, inverse_factor, shrink
 from onnxq.kernels.scales import output_scales
 from onnxq.model import Layer
 from onnxq.patches import rows_of, weight_of
@@ -103,9 +103,30 @@ class Quadratic:
         codes = np.clip(np.rint(self.rows / scale) + zero, self.qmin, self.qmax) - zero
         return np.asarray(codes.astype(np.float32) * scale)
 
+    def column_by_column(self) -> np.ndarray:
+        """GPTQ's rounding, float32 [G, R, K]; not finite where H cannot be factored.
+
+        With g, it is that of the weight that serves the layer's new input best, w - g H^-1.
+
+        Source: Frantar et al. 2022 (arXiv 2210.17323).
+        """
+        groups, each, columns = self.rows.shape
+        found = np.empty(self.rows.shape, np.float32)  # in C order, as the kernel is compiled for
+        for g in range(groups):
+            part = slice(g * each, (g + 1) * each)
+            wanted = self.rows[g].copy()
+            try:
+                factor = inverse_factor(self.gram[g], 0.0)
+                if self.linear is not None:
+                    wanted -= np.linalg.solve(self.gram[g], self.linear[g].T).T.astype(np.float32)
+            except np.linalg.LinAlgError:
+                factor = np.full((columns, columns), np.nan, np.float32)
+            gptq(wanted, self.scale[part], self.zero[part], self.qmin, self.qmax, factor, found[g])
+        return found
+
     def cost(self, values: np.ndarray) -> np.ndarray:
         """The objective of each row for values on the grid, float64 [G * R]."""
-        return objective(values - self.rows, self.gram, self.linear)
+        return np.asarray(objective(values - self.rows, self.gram, self.linear))
 
     def better(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Row by row the better of two roundings; the first where they are equal."""

@@ -77,7 +77,7 @@ class SecondOrder:
     @property
     def covariance(self) -> np.ndarray:
         """H about the mean: what a bias cannot make up for, [G, K, K]."""
-        return self.scatter / max(self.sampled, 1)
+        return np.asarray(self.scatter / max(self.sampled, 1))
 
     @property
     def moment(self) -> np.ndarray:
@@ -87,7 +87,7 @@ class SecondOrder:
     @property
     def cross_covariance(self) -> np.ndarray:
         """C about the means, [G, K, K]."""
-        return self.cross / max(self.sampled, 1)
+        return np.asarray(self.cross / max(self.sampled, 1))
 
     @property
     def cross_moment(self) -> np.ndarray:

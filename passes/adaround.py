@@ -21,7 +21,6 @@ from onnxq.pass_manager import Changes, Context, options
 from onnxq.patches import PatchSource, supports
 from onnxq.quadratic import Quadratic, settle
 from onnxq.runtime import cores
-from onnxq.second_order import takes_bias
 from onnxq.version import __version__
 
 __all__ = ["AdaRound"]
@@ -99,7 +98,6 @@ class AdaRound:
         layers = [layer for layer in model.layers() if self._wanted(layer, changes)]
         if not layers:
             return changes
-        _give_biases(layers)
         seed = int(ctx.rng(self).integers(2**31))
         inputs = LayerInputs(
             model,
@@ -118,25 +116,34 @@ class AdaRound:
             key = fingerprint(model, __version__, options(self), ctx.seed, inputs.digest())
             checkpoint = Checkpoint(ctx.resume, key)
         clock = _Clock(layers, ctx.deadline, self.sweeps)
-        done = restored = 0
+        kept = done = 0
         size = sum(layer.weight.size for layer in layers)
-        with ctx.progress.task("round weights (thousands)", -(-size // 1000)) as advance:
-            for index, layer in enumerate(layers):
-                if checkpoint is not None and checkpoint.restore(layer, index):
-                    restored += 1
-                elif clock.is_up:
-                    changes.skip(layer.name, "the time was up; rounded to nearest")
-                elif reason := self._do(layer, index, inputs, clock, [seed, index], ctx):
-                    changes.skip(layer.name, f"{reason}; rounded to nearest")
-                else:
-                    done += 1
-                    if checkpoint is not None:
-                        checkpoint.keep(layer, index)
-                inputs.settle(layer)
-                advance(-(-layer.weight.size // 1000))
-        if restored:
-            changes.add(f"{restored} weights taken up from an earlier run")
-        changes.add(f"{done} weights rounded by {self.solver}")
+        try:
+            with ctx.progress.task("round weights (thousands)", -(-size // 1000)) as advance:
+                for index, layer in enumerate(layers):
+                    if checkpoint is not None and checkpoint.restore(layer, index):
+                        kept += 1
+                    elif clock.is_up:
+                        changes.skip(layer.name, "the time was up; rounded to nearest")
+                    elif reason := self._do(layer, index, inputs, clock, [seed, index], ctx):
+                        changes.skip(layer.name, f"{reason}; rounded to nearest")
+                    else:
+                        if checkpoint is not None:
+                            checkpoint.keep(layer, index)
+                        done += 1
+                    inputs.settle(layer)
+                    advance(-(-layer.weight.size // 1000))
+        except KeyboardInterrupt:
+            if checkpoint is not None:
+                ctx.progress.say(
+                    f"{kept + done} of {len(layers)} layers are kept in {ctx.resume};"
+                    " the same command goes on from there"
+                )
+            raise
+        if kept:
+            changes.add(f"{kept} weights taken up from an earlier run")
+        if done:
+            changes.add(f"{done} weights rounded by {self.solver}")
         return changes
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
@@ -188,14 +195,6 @@ class AdaRound:
         return anneal(
             *given, problem.gram, problem.linear, sweeps=sweeps, seed=start, threads=threads
         )
-
-
-def _give_biases(layers: Sequence[Layer]) -> None:
-    """Bring biases into the form in which they will be corrected: one value per channel."""
-    for layer in layers:
-        if takes_bias(layer):
-            bias = np.broadcast_to(layer.take_bias().reshape(-1), layer.output_channels)
-            layer.set_bias(bias.astype(np.float32))
 
 
 class _Clock:
