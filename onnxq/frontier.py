@@ -19,6 +19,9 @@ from onnxq.runtime import Session
 
 __all__ = ["Frontier"]
 
+# Otherwise onnxruntime rounds float weights between integers itself, on grids of its own.
+_AS_WRITTEN = {"session.disable_quant_qdq": "1"}
+
 Feed = Mapping[str, np.ndarray]
 
 
@@ -180,7 +183,7 @@ class Frontier:
         model.ir_version = self._model.ir_version
         del model.opset_import[:]
         model.opset_import.extend(self._model.opset_import)
-        return Session(model, outputs=kept, threads=1)
+        return Session(model, outputs=kept, threads=1, config=_AS_WRITTEN)
 
     def _shape(self, name: str) -> list[int | None]:
         """The shape of a kept tensor, axes on which the samples differ unknown."""

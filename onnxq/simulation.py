@@ -77,25 +77,33 @@ def _activations(
 def _round_trip(
     model: Model, tensor: gs.Tensor, kernels: Mapping[int, Kernel], *, everyone: bool
 ) -> list[gs.Node]:
-    encoding = model.encodings[tensor.name]
+    name = tensor.name
+    encoding = model.encodings[name]
     readers = [
         node
         for node in consumers(tensor)
         if everyone
         or (id(node) in kernels and any(t is tensor for t in data_inputs(node, kernels[id(node)])))
     ]
-    if not readers:
+    is_output = everyone and model.is_output(tensor)
+    if not readers and not is_output:
         return []
-    integers = model.variable(f"{tensor.name}.integers", np.dtype(encoding.dtype), tensor.shape)
-    rounded = model.variable(f"{tensor.name}.rounded", np.float32, tensor.shape)
-    for reader in readers:
-        rewire(reader, tensor, rounded)
-    grid = _grid(model, tensor.name, encoding)
+    integers = model.variable(f"{name}.integers", np.dtype(encoding.dtype), tensor.shape)
+    rounded: gs.Tensor = model.variable(f"{name}.rounded", np.float32, tensor.shape)
+    if is_output:  # it keeps its name, and its producer gets another
+        raw, source = model.variable(f"{name}.float", np.float32, tensor.shape), producer(tensor)
+        assert source is not None
+        source.outputs[next(i for i, t in enumerate(source.outputs) if t is tensor)] = raw
+        tensor, rounded = raw, tensor
+    else:
+        for reader in readers:
+            rewire(reader, tensor, rounded)
+    grid = _grid(model, name, encoding)
     attrs = {} if encoding.axis is None else {"axis": encoding.axis}
     return [
-        gs.Node("QuantizeLinear", f"{tensor.name}.quantize", attrs, [tensor, *grid], [integers]),
+        gs.Node("QuantizeLinear", f"{name}.quantize", attrs, [tensor, *grid], [integers]),
         gs.Node(
-            "DequantizeLinear", f"{tensor.name}.dequantize", attrs, [integers, *grid], [rounded]
+            "DequantizeLinear", f"{name}.dequantize", attrs, [integers, *grid], [rounded]
         ),
     ]
 

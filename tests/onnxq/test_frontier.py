@@ -156,3 +156,23 @@ def test_any_graph_gives_the_same_cut_by_cut(proto, seed):
         frontier.advance(name)
         got = next(frontier.values(name))
         np.testing.assert_allclose(got, wanted[name], rtol=1e-4, atol=1e-4)
+
+
+def test_float_weights_between_integers_stay_as_they_are():
+    """onnxruntime would round them to 8 bits of its own, and cannot have zero points per channel."""
+    proto = parse(
+        "g (float[N,3,8,8] x) => (float[] y)"
+        "<float[4,3,3,3] w, float s, uint8 z, float[4] t, uint8[4] u, float[4,4,1,1] v>"
+        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) a = Conv(d, w)"
+        " p = QuantizeLinear<axis=1>(a, t, u) e = DequantizeLinear<axis=1>(p, t, u)"
+        " f = Sigmoid(e) y = Conv(f, v) }",
+        s=np.array(0.1),
+        z=np.array(128),
+        t=np.full(4, 1e-3),
+        u=np.array([120, 130, 128, 100]),
+    )
+    data = samples(proto)
+    frontier = Frontier(proto, data)
+    frontier.advance("e")
+    for feed, got in zip(data, frontier.values("e"), strict=True):
+        np.testing.assert_allclose(got, whole(proto, ["e"], feed)["e"], atol=1.1e-3)
