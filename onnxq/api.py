@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxq import encodings_json, recipe, report_html
 from onnxq.analysis import cost, error, fusion, latency
+from onnxq.analysis.storage import Storage, storage
 from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
 from onnxq.calibration import Calibration, Samples
 from onnxq.encoding import Format
@@ -57,7 +58,7 @@ SYNTHETIC_SAMPLES, SYNTHETIC_SAMPLES_BESIDE_NORMS = 32, 6
 # Samples on which float and quantized outputs are compared at the end of a run.
 CHECK_SAMPLES = 32
 # Operators of models that are quantized already.
-_QUANTIZED = re.compile("(De)?QuantizeLinear|DynamicQuantize.*|QLinear.*|.+Integer")
+_QUANTIZED = re.compile("(Quantize|Dequantize)Linear|DynamicQuantize.*|QLinear.*|.+Integer")
 
 
 def quantize(
@@ -89,11 +90,12 @@ def quantize(
         source: The float model; never changed.
         destination: Where the Q/DQ model is written, whole or not at all; None: nowhere.
         calib: Calibration samples in any form that `Calibration` takes.
-        recipe: Name or file of the passes to run; None: default; per-tensor if that is the
+        recipe: Name or file of the passes to run; None: default; weight-only if activations are
+            float, weight-only-nearest if there are no samples either; per-tensor if that is the
             granularity of the weights; data-free where there are no samples.
         target: What the model is to run on; None: the recipe's.
         weights: Format of weights, such as int8/channel; None: the recipe's.
-        activations: Format of activations, such as uint8; None: the recipe's.
+        activations: Format of activations, such as uint8, or float; None: the recipe's.
         method: How activation ranges are chosen; None: the recipe's.
         exclude: Globs on node names and operator types that stay in float.
         limit: Use at most so many samples.
@@ -115,8 +117,8 @@ def quantize(
         OnnxqError: Anything that the user can mend.
     """
     if recipe is None:
-        tensor = weights is not None and Format.parse(weights).granularity == "tensor"
-        recipe = "data-free" if data_free else "per-tensor" if tensor else "default"
+        samples = calib is not None or data_free
+        recipe = _fitting_recipe(weights, activations, samples=samples, data_free=data_free)
     chosen = _recipe(recipe)
     wanted = {"weights": weights, "activations": activations, "method": method}
     given: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
@@ -338,12 +340,14 @@ class Inspection:
     outputs: list[str]
     operators: dict[str, int]
     nbytes: int
+    storage: list[Storage]
     layers: list[LayerFacts]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         plain = dataclasses.asdict(self)
+        plain["storage"] = [_plain(s) for s in self.storage]
         plain["layers"] = [
             {**layer.cost.to_dict(), "weight_shape": list(layer.weight_shape)}
             | {"low": layer.low, "high": layer.high}
@@ -381,6 +385,7 @@ def inspect(
         outputs=[str(o) for o in session.outputs],
         operators=dict(sorted(operators.items(), key=lambda item: -item[1])),
         nbytes=model.nbytes,
+        storage=storage(model),
         layers=facts,
         notes=model.notes,
     )
@@ -422,6 +427,18 @@ def check_outputs(
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def _fitting_recipe(
+    weights: str | None, activations: str | None, *, samples: bool, data_free: bool
+) -> str:
+    """The name of the recipe for the formats that are wanted."""
+    if activations is not None and Format.parse(activations).dtype == "float":
+        return "weight-only" if samples else "weight-only-nearest"
+    if data_free:
+        return "data-free"
+    tensor = weights is not None and Format.parse(weights).granularity == "tensor"
+    return "per-tensor" if tensor else "default"
 
 
 def _recipe(given: str | os.PathLike[str] | Recipe) -> Recipe:
@@ -508,12 +525,17 @@ def _measure(report: Report, before: Model, after: Model, ctx: Context) -> None:
     feed = None if samples is None else next(iter(samples))
     shapes = cost.tensor_shapes(before, feed if feed is not None else {})
     report.facts["integers"] = fusion.integer_share(after, shapes).to_dict()
+    report.facts["storage"] = [_plain(s) for s in storage(after)]
     if samples is not None:
         pair = [Session(m.to_proto(), threads=ctx.threads) for m in (before, after)]
         total = None if samples.length is None else min(samples.length, CHECK_SAMPLES)
         with ctx.progress.task("check", total) as advance:
             errors = error.compare(pair[0], pair[1], _first(samples), advance)
         report.facts["outputs"] = [e.to_dict() for e in errors]
+
+
+def _plain(stored: Storage) -> dict[str, Any]:
+    return {**dataclasses.asdict(stored), "text": str(stored)}
 
 
 def _first(samples: Samples) -> Iterator[dict[str, np.ndarray]]:

@@ -217,24 +217,28 @@ def main() -> None:
 @click.option(
     "--recipe",
     metavar="NAME|FILE",
-    show_default="default, per-tensor or data-free, as the other options say",
+    show_default="default, per-tensor, weight-only or data-free, as the other options say",
     help="The passes to run: default, per-tensor (channels evened out first, for targets with one"
-    " scale per weight), data-free, minmax (the plain scheme, for comparison), or a TOML file.",
+    " scale per weight), weight-only (activations stay float), weight-only-nearest (the same"
+    " without samples), data-free, minmax (the plain scheme, for comparison), or a TOML file.",
 )
 @_target
 @click.option(
     "--weights",
     metavar="FMT",
     show_default="int8/channel, or the recipe's",
-    help="Number format of weights: int8/channel (a scale per output channel), int8/tensor,"
-    " uint8/channel or uint8/tensor.",
+    help="Number format of weights: int8, int4, int3 or int2, or uint8 to uint2, with a scale per"
+    " output channel, as in int8/channel, or one in all, as in int8/tensor. 4 bits and fewer take"
+    " half a byte in the file and run as int8. With float activations also a scale per block, as in"
+    " int4/block=32.",
 )
 @click.option(
     "--activations",
     metavar="FMT",
     show_default="uint8, or the recipe's",
-    help="Number format of activations: uint8, or int8, which onnxruntime does not run in integers"
-    " on x86-64.",
+    help="Number format of activations: uint8; int8, which onnxruntime does not run in integers"
+    " on x86-64; or float, for integers in nothing but the weights of MatMul and Gemm, which takes"
+    " no samples, but rounds scales per channel better with them.",
 )
 @click.option(
     "--method",
@@ -291,7 +295,8 @@ def quantize(
       onnxq quantize in.onnx out.onnx --calib samples/ --weights int8/tensor
       onnxq quantize in.onnx out.onnx --data-free --preprocess imagenet
     """
-    if calib is None and given["encodings"] is None and not given["data_free"]:
+    weight_only = given["activations"] == "float"
+    if calib is None and given["encodings"] is None and not given["data_free"] and not weight_only:
         raise click.UsageError(
             "give samples (--calib PATH), or encodings (--encodings FILE), or take --data-free"
         )

@@ -19,6 +19,10 @@ __all__ = ["DTYPES", "Encoding", "Encodings", "Format"]
 
 # element type -> (bits, signed)
 DTYPES = {
+    "int2": (2, True),
+    "uint2": (2, False),
+    "int3": (3, True),
+    "uint3": (3, False),
     "int4": (4, True),
     "uint4": (4, False),
     "int8": (8, True),
@@ -91,6 +95,12 @@ class Format:
         return self.dtype != "float" and DTYPES[self.dtype][1]
 
 
+def in_bytes(dtype: str) -> str:
+    """The element type of whole bytes that holds the values of one."""
+    bits, signed = DTYPES[dtype]
+    return dtype if bits >= 8 else "int8" if signed else "uint8"
+
+
 def limits(dtype: str) -> tuple[int, int]:
     """The least and the greatest integer of an element type."""
     bits, signed = DTYPES[dtype]
@@ -103,26 +113,30 @@ class Encoding:
 
     Args:
         dtype: A key of `DTYPES`.
-        scale: float32, shape [] (per tensor) or [C] (one per index of `axis`).
+        scale: float32, shape [] (per tensor), [C] (one per index of `axis`), or, in blocks, that of
+            the tensor with `axis` divided by the block.
         zero_point: int32, same shape.
         axis: The axis that the scales run along; None per tensor.
+        block: So many neighbours along `axis` share a scale; 0: all that have the same index.
     """
 
     dtype: str
     scale: np.ndarray
     zero_point: np.ndarray
     axis: int | None = None
+    block: int = 0
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, Encoding)
-            and (self.dtype, self.axis) == (other.dtype, other.axis)
+            and (self.dtype, self.axis, self.block) == (other.dtype, other.axis, other.block)
             and np.array_equal(self.scale, other.scale)
             and np.array_equal(self.zero_point, other.zero_point)
         )
 
     def __hash__(self) -> int:
-        return hash((self.dtype, self.axis, self.scale.tobytes(), self.zero_point.tobytes()))
+        arrays = self.scale.tobytes(), self.zero_point.tobytes()
+        return hash((self.dtype, self.axis, self.block, *arrays))
 
     @classmethod
     def of_range(cls, low: float, high: float, dtype: str, *, symmetric: bool = False) -> Encoding:
@@ -154,8 +168,10 @@ class Encoding:
         return cls(dtype, scale.astype(np.float32), zero, axis)
 
     @classmethod
-    def symmetric(cls, bound: np.ndarray, dtype: str, axis: int | None = None) -> Encoding:
-        """The symmetric encoding whose largest magnitudes are `bound` (shape [] or [C]).
+    def symmetric(
+        cls, bound: np.ndarray, dtype: str, axis: int | None = None, block: int = 0
+    ) -> Encoding:
+        """The symmetric encoding whose largest magnitudes are `bound`, of the shape of the scales.
 
         int8 spans [-127, 127] and uint8 the same around 128, the rule of onnxruntime.
         """
@@ -164,7 +180,22 @@ class Encoding:
         bound = np.asarray(bound, np.float64)
         scale = np.where(bound > 0, bound / (qmax - centre), 1.0)
         scale = np.maximum(scale.astype(np.float32), SMALLEST_SCALE)
-        return cls(dtype, scale, np.full(scale.shape, centre, np.int32), axis)
+        return cls(dtype, scale, np.full(scale.shape, centre, np.int32), axis, block)
+
+    @property
+    def transposed(self) -> Encoding:
+        """The encoding of the transposed matrix."""
+        if self.axis is None:
+            return self
+        scale, zero = self.scale, self.zero_point
+        if self.block:
+            scale, zero = np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T)
+        return replace(self, scale=scale, zero_point=zero, axis=1 - self.axis % 2)
+
+    @property
+    def storage(self) -> np.dtype:
+        """The numpy type that holds the integers, a byte each or more."""
+        return np.dtype(in_bytes(self.dtype))
 
     @property
     def bits(self) -> int:
@@ -206,28 +237,34 @@ class Encoding:
         return replace(self, scale=np.array(max(scale, SMALLEST_SCALE), np.float32))
 
     def grid_shape(self, rank: int) -> tuple[int, ...]:
-        """The shape in which scales broadcast over a tensor of this rank."""
+        """The shape in which scales, not in blocks, broadcast over a tensor of this rank."""
         if self.axis is None:
             return ()
         return tuple(-1 if i == self.axis % rank else 1 for i in range(rank))
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
-        """Float values to integers (int8 or wider; 4-bit types use int8 or uint8 storage)."""
-        storage = {"int4": np.int8, "uint4": np.uint8}.get(self.dtype, self.dtype)
-        scale, zero = self._grid(np.ndim(x))
-        return kernels.quantize(x, scale, zero, self.qmin, self.qmax, dtype=storage)
+        """Float values to integers of the type `storage`."""
+        scale, zero = self._grid(np.shape(x))
+        return kernels.quantize(x, scale, zero, self.qmin, self.qmax, dtype=self.storage)
 
     def dequantize(self, q: np.ndarray) -> np.ndarray:
         """Integers to float32 values."""
-        return kernels.dequantize(q, *self._grid(np.ndim(q)))
+        return kernels.dequantize(q, *self._grid(np.shape(q)))
 
     def fake_quantize(self, x: np.ndarray) -> np.ndarray:
         """Float values moved to the nearest grid point, float32."""
-        return kernels.fake_quantize(x, *self._grid(np.ndim(x)), self.qmin, self.qmax)
+        return kernels.fake_quantize(x, *self._grid(np.shape(x)), self.qmin, self.qmax)
 
-    def _grid(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        shape = self.grid_shape(rank)
-        return self.scale.reshape(shape), self.zero_point.reshape(shape)
+    def _grid(self, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Scales and zero points in a shape that broadcasts over a tensor of this shape."""
+        if self.block:
+            assert self.axis is not None
+            return (
+                np.repeat(self.scale, self.block, self.axis),
+                np.repeat(self.zero_point, self.block, self.axis),
+            )
+        along = self.grid_shape(len(shape))
+        return self.scale.reshape(along), self.zero_point.reshape(along)
 
 
 @dataclass

@@ -6,10 +6,13 @@ A flat list in the words of QuantizeLinear::
      "producer": {"package": "onnxq", "version": "0.1.0"},
      "encodings": [
       {"name": "input", "output_dtype": "uint8", "y_scale": 0.0185, "y_zero_point": 114},
-      {"name": "conv.weight", "output_dtype": "int8", "y_scale": [0.01, 0.02], "axis": 0}],
+      {"name": "conv.weight", "output_dtype": "int8", "y_scale": [0.01, 0.02], "axis": 0},
+      {"name": "fc.weight", "output_dtype": "int4", "y_scale": [[0.1, 0.2]], "axis": 0,
+       "block_size": 32}],
      "float_nodes": {"Softmax_7": "its result is an output of the model"}}
 
 `y_zero_point` is left out where every zero point is 0, `axis` where there is one scale per tensor.
+With `block_size`, so many neighbours along `axis` share a scale.
 `float_nodes` is an addition of onnxq; other programs ignore it.
 """
 
@@ -32,8 +35,8 @@ __all__ = ["VERSION", "dumps", "load", "loads", "save"]
 VERSION = "2.0.0"
 
 _KEYS = ("version", "producer", "encodings", "float_nodes")
-_ENTRY_KEYS = ("name", "output_dtype", "y_scale", "y_zero_point", "axis")
-_BLOCK_KEYS = ("block_size", "per_block_int_scale", "per_channel_float_scale")
+_ENTRY_KEYS = ("name", "output_dtype", "y_scale", "y_zero_point", "axis", "block_size")
+_TWO_LEVELS = ("per_block_int_scale", "per_channel_float_scale")
 _LARGEST = float(np.finfo(np.float32).max)
 _OLD_KEYS = ("bw", "bitwidth", "enc_type", "is_sym", "is_symmetric", "offset", "scale")
 
@@ -52,7 +55,7 @@ def load(path: str | os.PathLike[str]) -> Encodings:
 
     Raises:
         RecipeError: The file cannot be read, or an entry means nothing; the entry is named.
-        UnsupportedError: Scales per block.
+        UnsupportedError: Scales of blocks that are integers themselves.
     """
     try:
         text = Path(path).read_bytes()
@@ -88,7 +91,7 @@ def loads(text: str | bytes, *, where: object = None) -> Encodings:
 
     Raises:
         RecipeError: Not JSON, another version, or an entry that means nothing; the entry is named.
-        UnsupportedError: Scales per block.
+        UnsupportedError: Scales of blocks that are integers themselves.
     """
     try:
         document = json.loads(text)
@@ -129,6 +132,8 @@ def _entry(name: str, encoding: Encoding) -> dict[str, Any]:
         entry["y_zero_point"] = encoding.zero_point.tolist()
     if encoding.axis is not None:
         entry["axis"] = encoding.axis
+    if encoding.block:
+        entry["block_size"] = encoding.block
     return entry
 
 
@@ -144,9 +149,11 @@ def _place(entry: Any, index: int, where: object) -> tuple[str, str]:
 
 
 def _encoding(entry: dict[str, Any], place: str) -> Encoding:
-    if blocks := [k for k in entry if k in _BLOCK_KEYS]:
+    if levels := [k for k in entry if k in _TWO_LEVELS]:
         raise UnsupportedError(
-            f"scales per block ({blocks[0]})", where=place, fix="give one scale per channel"
+            f"scales in two levels ({levels[0]})",
+            where=place,
+            fix="give one float scale per block or per channel",
         )
     if old := [k for k in entry if k in _OLD_KEYS]:
         raise RecipeError(
@@ -164,18 +171,34 @@ def _encoding(entry: dict[str, Any], place: str) -> Encoding:
             f"no integer type {dtype!r}", where=place, fix=f"types are {', '.join(DTYPES)}"
         )
     scale = _scale(entry["y_scale"], place)
-    axis = entry.get("axis")
+    axis, block = entry.get("axis"), entry.get("block_size")
+    if block is not None and (not _is_int(block) or block < 2):
+        raise RecipeError(f"block_size: wanted an integer above 1, got {block!r}", where=place)
+    if (block is None) != (scale.ndim < 2):
+        got = "lists of scales without a block_size" if block is None else "a block_size"
+        raise RecipeError(got, where=place, fix="blocks need nested lists of scales, and a size")
     if axis is not None and not _is_int(axis):
         raise RecipeError(f"axis: wanted an integer, got {_kind(axis)}", where=place)
     if (axis is None) != (scale.ndim == 0):
         got = "one scale with an axis" if axis is not None else "a list of scales without an axis"
         raise RecipeError(got, where=place, fix="a list of scales needs an axis, one scale none")
     zero_point = _zero_point(entry.get("y_zero_point", 0), dtype, scale, place)
-    return Encoding(dtype, scale, zero_point, axis)
+    return Encoding(dtype, scale, zero_point, axis, block or 0)
+
+
+def _numbers(value: Any) -> tuple[list[Any], tuple[int, ...]]:
+    """What nested lists hold, and their shape; of ragged lists, lists."""
+    items, shape = [value], []
+    while items and all(isinstance(i, list) for i in items):
+        if len({len(i) for i in items}) > 1:
+            break
+        shape.append(len(items[0]))
+        items = [number for item in items for number in item]
+    return items, tuple(shape)
 
 
 def _scale(value: Any, place: str) -> np.ndarray:
-    numbers = value if isinstance(value, list) else [value]
+    numbers, shape = _numbers(value)
     if not numbers:
         raise RecipeError("y_scale holds no scale", where=place)
     for number in numbers:
@@ -186,15 +209,15 @@ def _scale(value: Any, place: str) -> np.ndarray:
             raise RecipeError(
                 f"y_scale: wanted a finite float32 above 0, got {number}", where=place
             )
-    return np.array(value, np.float32)
+    return np.array(numbers, np.float32).reshape(shape)
 
 
 def _zero_point(value: Any, dtype: str, scale: np.ndarray, place: str) -> np.ndarray:
-    numbers = value if isinstance(value, list) else [value]
-    if isinstance(value, list) and (scale.ndim == 0 or len(value) != scale.size):
+    numbers, shape = _numbers(value)
+    if shape and shape != scale.shape:
         raise RecipeError(
-            f"y_zero_point has {len(value)} values, y_scale has {scale.size}"
-            + ("" if scale.ndim else " and is no list"),
+            f"y_zero_point has {len(numbers)} values, y_scale has {scale.size}"
+            + (" and is no list" if not scale.ndim else "" if scale.ndim == 1 else ", in lists"),
             where=place,
         )
     low, high = limits(dtype)
@@ -205,7 +228,7 @@ def _zero_point(value: Any, dtype: str, scale: np.ndarray, place: str) -> np.nda
             raise RecipeError(
                 f"y_zero_point: wanted {low} to {high} for {dtype}, got {number}", where=place
             )
-    return np.broadcast_to(np.array(value, np.int32), scale.shape).copy()
+    return np.broadcast_to(np.array(numbers, np.int32).reshape(shape), scale.shape).copy()
 
 
 def _float_nodes(value: Any, where: object) -> dict[str, str]:

@@ -17,9 +17,10 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
-from onnxq.encoding import Encodings
+from onnxq.encoding import DTYPES, Encodings, in_bytes
 from onnxq.errors import ModelError
 from onnxq.graph import consumers, has_subgraph, is_standard, producer, rewire, topological
+from onnxq.kernels.pack import pack_nibbles
 from onnxq.layer import Layer
 from onnxq.model_io import (
     external_files,
@@ -158,6 +159,26 @@ class Model:
         """A new constant with a free name made from `name`."""
         return gs.Constant(self.free_name(name), np.asarray(values, order="C"))
 
+    def integers(
+        self, name: str, values: np.ndarray, dtype: str, *, packed: bool = False
+    ) -> gs.Constant:
+        """A new constant of integers with a free name made from `name`.
+
+        Args:
+            name: What to call it.
+            values: The integers.
+            dtype: Their type, a key of `onnxq.encoding.DTYPES`.
+            packed: Whether types of 4 bits and fewer take half a byte each (INT4 or UINT4), not
+                one.
+        """
+        bits, signed = DTYPES[dtype]
+        if bits > 4 or not packed:
+            return self.constant(name, values.astype(in_bytes(dtype)))
+        kind = onnx.TensorProto.INT4 if signed else onnx.TensorProto.UINT4
+        free, raw = self.free_name(name), pack_nibbles(values).tobytes()
+        tensor = onnx.helper.make_tensor(free, kind, values.shape, raw, raw=True)
+        return gs.Constant(free, LazyValues(tensor))
+
     def variable(self, name: str, dtype: Any = np.float32, shape: Any = None) -> gs.Variable:
         """A new tensor with a free name made from `name`."""
         return gs.Variable(self.free_name(name), dtype=dtype, shape=shape)
@@ -233,6 +254,16 @@ class Model:
         if self.opset >= version:
             return
         old, given = self.opset, self.to_proto()
+        fix = f"export the model with opset {version} or newer"
+        if 18 <= old < 21 <= version:
+            for node in self.graph.nodes:
+                if node.op == "GroupNormalization" and is_standard(node):  # onnx keeps its scales
+                    raise ModelError(
+                        f"cannot convert operator set {old} to {version}: {node.name} would need"
+                        " its scales per channel",
+                        where=self.path,
+                        fix=fix,
+                    )
         try:
             proto = onnx.version_converter.convert_version(given, version)
         except (
@@ -243,7 +274,7 @@ class Model:
             raise ModelError(
                 f"cannot convert operator set {old} to {version}: {says}",
                 where=self.path,
-                fix=f"export the model with opset {version} or newer",
+                fix=fix,
             ) from error
         proto.ir_version = max(proto.ir_version, self._extras.ir_version)
         if not proto.functions:  # the converter drops them; they import operator sets of their own

@@ -166,6 +166,51 @@ name = "bias-correction"
 [[pass]]
 name = "insert-qdq"
 """,
+    "weight-only": """\
+name = "weight-only"
+description = "Weights in integers, activations in float: small files, for MatMul and Gemm."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "calibrate"
+weights = "int4/block=32"
+activations = "float"
+
+[[pass]]
+name = "gptq"
+
+[[pass]]
+name = "insert-qdq"
+""",
+    "weight-only-nearest": """\
+name = "weight-only-nearest"
+description = "Weights in integers, activations in float, without samples: rounded to nearest."
+
+[[pass]]
+name = "clean"
+
+[[pass]]
+name = "fold-batch-norm"
+
+[[pass]]
+name = "fold-dead-channels"
+
+[[pass]]
+name = "calibrate"
+weights = "int4/block=32"
+activations = "float"
+
+[[pass]]
+name = "insert-qdq"
+""",
     "minmax": """\
 name = "minmax"
 description = "The plain scheme, for comparison: ranges from least to greatest, nearest rounding."

@@ -18,8 +18,12 @@ __all__ = [
     "error_line",
     "megabytes",
     "millions",
+    "weight_only_share",
     "write_text",
 ]
+
+# The operator of onnxruntime that multiplies float activations by integer weights.
+WEIGHT_ONLY = "MatMulNBits"
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,12 @@ class Report:
 
     @property
     def in_float(self) -> list[tuple[str, str, str]]:
-        """Layers that onnxruntime does not run in integers: name, operator, reason."""
-        layers = {n["name"]: n for n in self.facts["integers"]["layers"] if not n["integer"]}
+        """Layers that onnxruntime does not run in integers: name, operator, reason.
+
+        Those whose weights alone were to be in integers, and are, are not among them.
+        """
+        found = self.facts["integers"]["layers"]
+        layers = {n["name"]: n for n in found if not n["integer"] and n["kernel"] != WEIGHT_ONLY}
         return [(n["name"], n["op"], n["reason"]) for n in layers.values()]
 
     @property
@@ -135,6 +143,13 @@ class Report:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON; the file appears whole or not at all."""
         write_text(Path(path), json.dumps(self.to_dict(), indent=1) + "\n")
+
+
+def weight_only_share(report: Report) -> float:
+    """Share of the MACs that multiply floats by integer weights."""
+    integers = report.facts["integers"]
+    macs = sum(n["macs"] or 0 for n in integers["layers"] if n["kernel"] == WEIGHT_ONLY)
+    return macs / integers["macs"] if macs else 0.0
 
 
 def error_line(output: dict[str, Any]) -> str:

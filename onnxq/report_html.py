@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from onnxq.analysis.weight_ranges import ChannelRanges, LayerRanges, binned
-from onnxq.report import Report, error_line, megabytes, millions
+from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
 from onnxq.version import __version__
 
 __all__ = ["page"]
@@ -129,6 +129,9 @@ def _summary(report: Report) -> Iterator[str]:
     if integers["macs"]:
         share = f"{100 * integers['share']:.1f} % of {millions(integers['macs'])} a sample"
         rows.append(["MACs in integers", share])
+    if alone := weight_only_share(report):
+        rows.append(["MACs on integer weights", f"{100 * alone:.1f} %, activations in float"])
+    rows += [["weights", _text(stored["text"])] for stored in facts["storage"]]
     for output in facts.get("outputs", []):
         rows.append([f"output {_text(output['name'])}", _text(error_line(output))])
     rows.append(["seconds", f"{facts['seconds']:.1f}"])

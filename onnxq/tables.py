@@ -14,7 +14,7 @@ from onnxq.api import Comparison, Inspection
 from onnxq.pages import page
 from onnxq.passes import PASSES
 from onnxq.recipe import RECIPES
-from onnxq.report import Report, error_line, megabytes, millions
+from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
 
 __all__ = ["comparison", "inspection", "pass_list", "pass_page", "summary"]
 
@@ -36,6 +36,12 @@ def summary(report: Report, source: Path, destination: Path) -> None:
             f"{100 * integers['share']:.1f} % of {millions(integers['macs'])} a sample"
             f" (measured on the graph that onnxruntime {facts['versions']['onnxruntime']} runs)",
         )
+    if alone := weight_only_share(report):
+        table.add_row(
+            "MACs on integer weights", f"{100 * alone:.1f} %, activations in float (MatMulNBits)"
+        )
+    for stored in facts["storage"]:
+        table.add_row("weights", stored["text"])
     for output in facts.get("outputs", []):
         table.add_row(f"output {output['name']}", error_line(output))
     seconds = ", ".join(f"{p.name} {p.seconds:.1f}" for p in report.passes if p.seconds >= 0.05)
@@ -96,6 +102,8 @@ def inspection(result: Inspection) -> None:
     click.echo(f"{result.path}: opset {result.opset}, constants {megabytes(result.nbytes)}")
     click.echo("inputs:  " + "; ".join(result.inputs))
     click.echo("outputs: " + "; ".join(result.outputs))
+    for stored in result.storage:
+        click.echo(f"weights: {stored}")
     click.echo("operators: " + ", ".join(f"{n} {op}" for op, n in result.operators.items()))
     columns = ("layer", "op", "weight", "parameters", "MACs", "min", "max", "spread")
     table = _table(*columns)

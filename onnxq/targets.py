@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from onnxq.encoding import Format
+from onnxq.encoding import DTYPES, Format, in_bytes
 from onnxq.errors import TargetError, did_you_mean
 
-__all__ = ["TARGETS", "Kernel", "Target"]
+__all__ = ["TARGETS", "Kernel", "Storage", "Target"]
+
+Storage = Literal["packed", "int8"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class Target:
         activations: Element types of activations.
         pairs: (activation, weight) element types that have kernels.
         source: Where these facts come from.
+        stored: How weights of 4 bits and fewer lie in the file: ``packed``, half a byte each, where
+            the runtime unpacks them as it loads the model; ``int8``, a byte each.
+        weight_only: Operators that multiply float activations by integer matrices.
+        least_block: Fewest weights that share a scale there; more are powers of two.
     """
 
     name: str
@@ -46,6 +53,9 @@ class Target:
     activations: tuple[str, ...]
     pairs: frozenset[tuple[str, str]]
     source: str
+    stored: Storage = "int8"
+    weight_only: frozenset[str] = frozenset()
+    least_block: int = 16
 
     @classmethod
     def named(cls, name: str | Target) -> Target:
@@ -67,6 +77,9 @@ class Target:
         Raises:
             TargetError: Names the rule and the nearest legal choice.
         """
+        if activations.dtype == "float":
+            self._check_weight_only(weights)
+            return
         if activations.granularity != "tensor":
             raise TargetError(
                 f"{self.name} has one scale per activation tensor, not {activations}",
@@ -77,17 +90,52 @@ class Target:
                 f"{self.name} computes in {' or '.join(self.activations)}, not {activations}",
                 fix=f"use --activations {self.activations[0]}",
             )
-        legal = [w for a, w in sorted(self.pairs) if a == activations.dtype]
-        if weights.dtype not in legal:
+        if weights.dtype not in self.weights(activations.dtype):
+            bits = min(weights.bits, 8)
+            legal = [w for w in self.weights(activations.dtype) if DTYPES[w][0] == bits]
             raise TargetError(
                 f"{self.name} has no integer kernels for {weights} weights"
                 f" with {activations} activations",
                 fix=f"use --weights {' or '.join(legal)}",
             )
         if weights.granularity == "block":
+            fix = f"use --weights {weights.dtype}/channel"
+            if self.weight_only:
+                fix += ", or --activations float"
+            raise TargetError(f"{self.name} has no integer kernels for blocks of weights", fix=fix)
+
+    def weights(self, activation: str) -> list[str]:
+        """Element types of weights that meet an activation type in integers.
+
+        Fewer than 8 bits are computed in 8: what they save is bytes.
+        """
+        if activation == "float":
+            return [w for w, (bits, _) in DTYPES.items() if self.weight_only and bits <= 8]
+        return [w for w in DTYPES if (activation, in_bytes(w)) in self.pairs]
+
+    def _check_weight_only(self, weights: Format) -> None:
+        """Refuse weights that the target does not multiply by float activations."""
+        if not self.weight_only:
             raise TargetError(
-                f"{self.name} has no integer kernels for blocks of weights",
-                fix=f"use --weights {weights.dtype}/channel",
+                f"{self.name} has no kernels for integer weights with float activations",
+                fix=f"use --activations {self.activations[0]}",
+            )
+        if weights.dtype == "float":
+            raise TargetError(
+                "float weights and float activations leave nothing to quantize",
+                fix=f"use --weights int4/block=32, or --activations {self.activations[0]}",
+            )
+        if weights.dtype not in self.weights("float"):
+            raise TargetError(
+                f"{self.name} has no kernels for {weights} weights with float activations",
+                fix="use --weights int8/channel or int4/block=32",
+            )
+        if weights.block and (weights.block < self.least_block or weights.block.bit_count() > 1):
+            near = max(self.least_block, 1 << round(math.log2(weights.block)))
+            raise TargetError(
+                f"{self.name} has kernels for blocks of {self.least_block} and more, powers of two,"
+                f" not of {weights.block}",
+                fix=f"use --weights {weights.dtype}/block={near}",
             )
 
 
@@ -132,5 +180,7 @@ TARGETS = {
         activations=("uint8", "int8"),
         pairs=frozenset({("uint8", "int4"), ("uint8", "int8"), ("uint8", "uint8"), ("int8", "int8")}),
         source="onnxruntime 1.32, qdq_selectors.cc and probes of its optimized graphs",
+        stored="packed",
+        weight_only=frozenset({"MatMul", "Gemm"}),
     ),
 }

@@ -18,8 +18,10 @@ from onnxq.kernels.gates import gate_range
 from onnxq.kernels.observe import tally
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
+from onnxq.placement import Ends, Placement, data_inputs, gate_factor, match_nodes, place
 from onnxq.statistics import Method, TensorStatistics, check_method
+from onnxq.targets import Target
+from onnxq.weight_only import in_blocks, unfit
 
 __all__ = ["Calibrate"]
 
@@ -68,18 +70,25 @@ class Calibrate:
     `onnxq.analysis.distribution` follows it through the graph.  What is not known so, as the
     model's inputs never are, still needs samples.
 
+    With ``activations="float"`` weights alone get an encoding, those that the target multiplies by
+    floats, and no samples are read.  In blocks, neighbours along the inputs share a scale; a layer
+    whose inputs are no multiple of the block has one scale per channel.
+
     Refused, and left in float: what the target has no integer kernel for, weights and biases that
     are computed, what `exclude` names.
 
     Args:
-        weights: Format of weights, such as int8/channel.
-        activations: Format of activations, such as uint8.
+        weights: Format of weights, such as int8/channel, int4/channel or int4/block=32.
+        activations: Format of activations, such as uint8, or float.
         method: minmax, moving-average, percentile, entropy (KL divergence, as TensorRT) or mse
             (least expected squared error, as AIMET's tf-enhanced).
         percentile: Share of values inside the range, in percent, for method percentile.
         exclude: Globs on node names and operator types that stay in float.
         ranges: Where ranges come from, given samples: "samples", or "batch-norm" wherever that
             tells them.
+        weight_only: With float activations, "fused": the weights that the target multiplies as they
+            are; "all": the others, too, one scale per channel, which takes fewer bytes and more
+            time, as each run makes floats of them.
 
     Source: Krishnamoorthi 2018 (arXiv 1806.08342); Migacz 2017 (entropy); Nagel et al. 2019
     (arXiv 1906.04721), section 5 (ranges from batch normalization).
@@ -93,6 +102,7 @@ class Calibrate:
     percentile: float = 99.999
     exclude: tuple[str, ...] = ()
     ranges: Literal["samples", "batch-norm"] = "samples"
+    weight_only: Literal["fused", "all"] = "fused"
 
     def __post_init__(self) -> None:
         Format.parse(self.weights)
@@ -104,6 +114,9 @@ class Calibrate:
         changes = Changes()
         ctx.target.check(Format.parse(self.weights), Format.parse(self.activations))
         model.raise_opset(13)  # the first with scales per axis
+        if Format.parse(self.activations).dtype == "float":
+            self._encode_weights_alone(model, ctx.target, changes)
+            return changes
         placement = place(model, ctx.target, self.exclude)
         model.encodings.float_nodes = dict(placement.float_nodes)
         for layer in model.layers():
@@ -127,6 +140,39 @@ class Calibrate:
                 " synthetic samples do not show all"
             )
         return changes
+
+    def _encode_weights_alone(self, model: Model, target: Target, changes: Changes) -> None:
+        excluded = match_nodes(model, self.exclude)
+        block = Format.parse(self.weights).block
+        count = 0
+        for layer in model.layers():
+            why = "excluded" if layer.name in excluded else unfit(layer, target)
+            stored = why is not None and self.weight_only == "all" and layer.name not in excluded
+            if why is not None and not (stored and layer.weight.dtype == np.float32):
+                model.encodings.float_nodes[layer.name] = why
+                changes.skip(layer.name, why)
+                continue
+            values = finite(model, layer.weight_tensor)
+            whole = "it computes in float" if stored else in_blocks(layer, block) if block else None
+            if block and whole is not None:
+                changes.skip(layer.name, f"{whole}: one scale per channel")
+            if block and whole is None:
+                encoding = self._blocks(layer, values)
+            else:
+                encoding = self._weight_encoding(layer, values)
+            if model.encodings.get(layer.weight_tensor.name, encoding) != encoding:
+                layer.set_weight(values)  # a copy: it is read along another axis
+            model.encodings[layer.weight_tensor.name] = encoding
+            count += 1
+        changes.add(f"{count} weights: {self.weights}, activations in float")
+
+    def _blocks(self, layer: Layer, values: np.ndarray) -> Encoding:
+        wanted = Format.parse(self.weights)
+        axis = 1 - layer.channel_axis
+        shape = [*values.shape]
+        shape[axis : axis + 1] = [shape[axis] // wanted.block, wanted.block]
+        bound = np.abs(values.reshape(shape)).max(axis=axis + 1)
+        return Encoding.symmetric(bound, wanted.dtype, axis, wanted.block)
 
     def _encode_exits(self, measured: _Activations) -> dict[str, Encoding]:
         """Encodings per channel for results of convolutions that leave the integers."""
@@ -193,8 +239,8 @@ class Calibrate:
 
     def _weight_encoding(self, layer: Layer, values: np.ndarray) -> Encoding:
         wanted = Format.parse(self.weights)
-        if layer.side == 0:  # MatMul with its weight on the left: one type and scale for that side
-            dtype = Format.parse(self.activations).dtype
+        dtype = Format.parse(self.activations).dtype
+        if layer.side == 0 and dtype != "float":  # on the left: one type and scale for that side
             return Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
         if wanted.granularity == "tensor" or (layer.op == "MatMul" and values.ndim != 2):
             if wanted.dtype.startswith("u"):

@@ -97,6 +97,9 @@ class GPTQ:
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
         if layer.weight_encoding is None:
             return False
+        if layer.weight_encoding.block:
+            changes.skip(layer.name, "scales per block are rounded to nearest")
+            return False
         if not supports(layer):
             changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")
             return False

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.encoding import Encoding
+from onnxq.errors import ModelError
 from onnxq.model import Layer, Model, consumers, producer, rewire
 from onnxq.ops import bias_input
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, data_inputs, integer_nodes
-from onnxq.targets import Kernel
+from onnxq.targets import Kernel, Storage
+from onnxq.weight_only import weight_only, write
 
 __all__ = ["InsertQDQ"]
 
@@ -44,17 +47,37 @@ class InsertQDQ:
            Conv(b) -> Relu -> Min(m)     =>     Conv(b + d) -> Q -> DQ -> Add(-d) -> Q -> DQ
                                                 d = end of the grid - m, in whole steps
 
+    8. Weights of 4 bits and fewer are packed, half a byte each.  Where they meet integers they are
+       unpacked to int8, which the runtime does once, as it loads the model::
+
+           W: int4 -> Cast(int8) -> DQ -> Conv
+
+    9. A weight that has an encoding, while the input of its layer has none, is all that is written:
+       the runtime multiplies it by floats.  A Gemm's weight is turned to K x N for that::
+
+           W: int4 -> DQ(block_size) -> MatMul, Gemm
+
+       A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime fuses
+       no weight before a Relu or Clip.
+
     Nothing is written around nodes that stay in float.
+
+    Args:
+        stored: How weights of 4 bits and fewer lie in the file: "packed", which takes operator set
+            21, or "int8", a byte each, for runtimes that know no 4-bit types.  None: as the target
+            says, but in bytes where the model cannot be converted to operator set 21.
 
     Source: ONNX operator specification; onnxruntime's qdq_selectors.cc.
     """
 
     name: ClassVar[str] = "insert-qdq"
 
+    stored: Storage | None = None
+
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Rewrite the graph."""
         changes = Changes()
-        model.raise_opset(13)
+        packed = self._raise_opset(model, ctx, changes)
         nodes = integer_nodes(model, ctx.target)
         ends = Ends(model, model.encodings.float_nodes)
         lowered = [
@@ -64,16 +87,41 @@ class InsertQDQ:
         ]
         if any(lowered):
             nodes = integer_nodes(model, ctx.target)
-        if not nodes:
+        alone = weight_only(model, nodes)
+        if not nodes and not alone:
             changes.skip("model", "no operator that the target runs in integers has encodings")
             return changes
-        writer = _Writer(model, nodes)
+        writer = _Writer(model, nodes, packed=packed)
         writer.constants()
         writer.activations()
+        for layer in alone:
+            writer.added += write(layer, packed=packed)
         model.insert(writer.added)
         model.cleanup()
-        changes.add(f"{len(nodes)} nodes in integers, {writer.pairs} Q/DQ pairs")
+        if nodes:
+            changes.add(f"{len(nodes)} nodes in integers, {writer.pairs} Q/DQ pairs")
+        if alone:
+            changes.add(f"{len(alone)} layers with nothing but the weight in integers")
         return changes
+
+    def _raise_opset(self, model: Model, ctx: Context, changes: Changes) -> bool:
+        """Bring the model to the operator set that its encodings need; whether it knows int4."""
+        model.raise_opset(13)
+        found = [layer.weight_encoding for layer in model.layers()]
+        known = [encoding for encoding in found if encoding is not None]
+        if any(encoding.block for encoding in known):
+            model.raise_opset(21)
+        stored = self.stored or ctx.target.stored
+        if stored == "int8" or all(encoding.bits > 4 for encoding in known):
+            return False
+        try:
+            model.raise_opset(21)
+        except ModelError as error:
+            if self.stored is not None:
+                raise
+            changes.skip("model", f"its weights take a byte each: {error.what}")
+            return False
+        return True
 
 
 def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Changes) -> bool:
@@ -109,8 +157,9 @@ def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Chan
 
 
 class _Writer:
-    def __init__(self, model: Model, nodes: dict[str, Kernel]) -> None:
+    def __init__(self, model: Model, nodes: dict[str, Kernel], *, packed: bool) -> None:
         self.model = model
+        self.packed = packed
         self.kernels = {id(n): nodes[n.name] for n in model.graph.nodes if n.name in nodes}
         self.nodes = [n for n in model.graph.nodes if id(n) in self.kernels]
         self.ends = Ends(model, model.encodings.float_nodes)
@@ -161,15 +210,27 @@ class _Writer:
         encoding = Encoding(weight.dtype, scale, zero, 0)
         self._bias(layer, encoding, bias / leaving.scale + leaving.zero_point)
         name = f"{tensor.name}_{layer.name}"
-        constant = self.model.constant(f"{name}_quantized", integers)
-        return self._dequantize(name, constant, encoding)
+        return self._dequantize(name, self._weight(name, integers, encoding), encoding)
 
     def _dequantized(self, tensor: gs.Constant, encoding: Encoding) -> gs.Variable:
         if tensor.name not in self._weights:
             values = encoding.quantize(self.model.array(tensor))
-            integers = self.model.constant(f"{tensor.name}_quantized", values)
+            integers = self._weight(tensor.name, values, encoding)
             self._weights[tensor.name] = self._dequantize(tensor.name, integers, encoding)
         return self._weights[tensor.name]
+
+    def _weight(self, name: str, integers: np.ndarray, encoding: Encoding) -> gs.Tensor:
+        """Integers as int8 or uint8; packed in the file where they fit into 4 bits."""
+        stored = self.model.integers(
+            f"{name}_quantized", integers, encoding.dtype, packed=self.packed
+        )
+        if stored.dtype == encoding.storage:
+            return stored
+        # onnxruntime multiplies no 4-bit integers, but folds this Cast as it loads the model
+        kind = onnx.helper.np_dtype_to_tensor_dtype(encoding.storage)
+        result = self.model.variable(f"{name}_unpacked", encoding.storage, integers.shape)
+        self._add("Cast", name, [stored], result, {"to": kind})
+        return result
 
     def _bias(self, layer: Layer, weight: Encoding, bias: np.ndarray | None = None) -> None:
         """int32, scale s_x * s_w computed in float32 as the runtime computes it."""
@@ -299,7 +360,7 @@ class _Writer:
         return kernel is not None and any(t is tensor for t in data_inputs(node, kernel))
 
     def _grid(self, name: str, encoding: Encoding) -> tuple[gs.Constant, gs.Constant]:
-        zero = encoding.zero_point.astype(encoding.dtype)
+        zero = encoding.zero_point.astype(encoding.storage)
         return (
             self.model.constant(f"{name}_scale", encoding.scale.astype(np.float32)),
             self.model.constant(f"{name}_zero_point", zero),

@@ -69,7 +69,7 @@ def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None
     """What keeps a tensor from being written so; None if nothing does."""
     types = set(target.activations)
     if isinstance(tensor, gs.Constant):
-        types |= {weight for _, weight in target.pairs}
+        types.update(*map(target.weights, ("float", *target.activations)))
     if encoding.dtype not in types:
         return f"{target.name} has no integer kernels for {encoding.dtype}"
     axis, shape = encoding.axis, tensor.shape
@@ -86,6 +86,15 @@ def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None
     if not -len(shape) <= axis < len(shape):
         return f"it has no axis {axis}"
     size = shape[axis]
+    if encoding.block:
+        blocks = [*shape]
+        blocks[axis] //= encoding.block
+        if not isinstance(tensor, gs.Constant) or len(shape) != 2:
+            return "only a constant matrix can have scales per block"
+        if size % encoding.block or tuple(blocks) != encoding.scale.shape:
+            of = "x".join(map(str, encoding.scale.shape))
+            return f"{of} scales for blocks of {encoding.block} along axis {axis} of {shape}"
+        return None
     if isinstance(size, int) and size != encoding.scale.size:
         return f"{encoding.scale.size} scales for {size} channels along axis {axis}"
     return None

@@ -521,8 +521,8 @@ OPTIONS = {
     "format": (digits("--weights", "itn8"), ["no number format 'itn8'", "did you mean int8?"]),
     "granularity": (digits("--weights", "int8/chanel"), ["'int8/chanel'", "int8/channel"]),
     "weights without kernels": (
-        digits("--weights", "int4/channel"),
-        ["no integer kernels for int4/channel weights", "use --weights int8 or uint8"],
+        digits("--weights", "int16/channel"),
+        ["no integer kernels for int16/channel weights", "use --weights int8 or uint8"],
     ),
     "activations without kernels": (
         digits("--activations", "int16"),
@@ -585,8 +585,8 @@ OPTIONS = {
         ["input: only the result of a Conv can have scales per channel", "e.json"],
     ),
     "encodings without kernels": (
-        digits("--encodings", "{}/e.json", e_json=encodings(output_dtype="int4")),
-        ["stem/conv.weight: ort-cpu has no integer kernels for int4", "e.json"],
+        digits("--encodings", "{}/e.json", e_json=encodings(output_dtype="int16")),
+        ["stem/conv.weight: ort-cpu has no integer kernels for int16", "e.json"],
     ),
     "statistics that are none": (
         digits("--statistics", "{}/s.npz", s_npz="hello"),

@@ -24,6 +24,8 @@ __all__ = ["LayerCost", "Shapes", "layer_costs", "tensor_shapes"]
 Shapes = Mapping[str, tuple[int, ...] | None]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
+# What a constant passes on its way to a layer; Cast where 4-bit integers are unpacked.
+_CARRIERS = (*_QDQ, "Cast")
 # Shape inference reads shapes, axes and the like, never tensors larger than this.
 _WEIGHT_SIZE = 64
 
@@ -126,6 +128,9 @@ def _bits(model: Model, node: gs.Node, index: int) -> int:
     tensor = node.inputs[index]
     before = producer(tensor)
     if before is not None and before.op == "DequantizeLinear":
+        unpacked = producer(before.inputs[0])
+        if unpacked is not None and unpacked.op == "Cast":
+            return _stored_bits(unpacked.inputs[0].dtype)
         return _stored_bits(dequantized_type(before))
     if tensor.name in model.encodings and node.name not in model.encodings.float_nodes:
         return model.encodings[tensor.name].bits
@@ -163,10 +168,10 @@ def _stored_bits(dtype: Any) -> int:
 
 
 def _constant(tensor: gs.Tensor) -> gs.Constant | None:
-    """The constant that a tensor is, possibly behind Q/DQ."""
+    """The constant that a tensor is, possibly behind Q/DQ or unpacked."""
     while not isinstance(tensor, gs.Constant):
         node = producer(tensor)
-        if node is None or node.op not in _QDQ:
+        if node is None or node.op not in _CARRIERS:
             return None
         tensor = node.inputs[0]
     return tensor

@@ -211,7 +211,7 @@ class _Optimized:
         for tensor in layer.inputs[:2]:
             source = _source(tensor)
             readers = self._weights.get(source.name, [])
-            if isinstance(source, gs.Constant) and len(readers) == 1:
+            if _is_constant(source) and len(readers) == 1:
                 return readers[0]
         return None
 
@@ -226,6 +226,13 @@ def _source(tensor: gs.Tensor) -> gs.Tensor:
     while (node := producer(tensor)) is not None and node.op in _QDQ:
         tensor = node.inputs[0]
     return tensor
+
+
+def _is_constant(tensor: gs.Tensor) -> bool:
+    """Whether onnxruntime has the tensor as a constant, as it has what a Cast makes of one."""
+    node = producer(tensor)
+    unpacked = node is not None and node.op == "Cast" and isinstance(node.inputs[0], gs.Constant)
+    return unpacked or isinstance(tensor, gs.Constant)
 
 
 def _results(node: gs.Node) -> Iterator[str]:

@@ -181,7 +181,7 @@ def nan_weight():
 @pytest.mark.parametrize(
     ("given", "error", "match"),
     [
-        ({"weights": "int4/channel"}, TargetError, "use --weights"),
+        ({"weights": "int16/channel"}, TargetError, "use --weights"),
         ({"activations": "int16"}, TargetError, "use --activations"),
         ({"weights": "int8/block=32"}, TargetError, "blocks"),
         ({"exclude": ["Covn"]}, RecipeError, "near: Conv"),

@@ -52,6 +52,33 @@ def test_quantize_compare_and_reuse(tmp_path):
     assert "logits" in compared.stdout
 
 
+def test_low_bits_are_shown(tmp_path):
+    out = tmp_path / "q.onnx"
+    result = onnxq("quantize", MODEL, out, "--calib", CALIB, "--limit", 16, "--weights", "int4")
+    assert result.exit_code == 0, result.output
+    line = next(x for x in result.stdout.splitlines() if x.split()[:1] == ["weights"])
+    assert "4-bit, packed in the file, unpacked to int8 when the model is loaded" in line
+    assert "100.0 %" in next(x for x in result.stdout.splitlines() if "MACs in integers" in x)
+    assert line.split("weights", 1)[1].strip() in onnxq("inspect", out).stdout
+
+
+def test_weights_alone_need_no_samples(tmp_path):
+    out, facts = tmp_path / "q.onnx", tmp_path / "q.json"
+    result = onnxq("quantize", MODEL, out, "--activations", "float", "--json", facts)
+    assert result.exit_code == 0, result.output
+    found = json.loads(facts.read_text())
+    kernels = {n["name"]: n["kernel"] for n in found["integers"]["layers"]}
+    alone = [name for name, kernel in kernels.items() if kernel == "MatMulNBits"]
+    macs = {n["name"]: n["macs"] for n in found["integers"]["layers"]}
+    share = sum(macs[n] for n in alone) / sum(macs.values())
+    assert alone
+    row = next(x for x in result.stdout.splitlines() if "MACs on integer weights" in x)
+    assert f"{100 * share:.1f} %" in row
+    in_float = [x for x in result.stdout.splitlines() if x.startswith("in float")]
+    assert len(in_float) == len(kernels) - len(alone)  # these were to be so
+    assert all("ort-cpu has no Conv of integer weights" in x for x in in_float)
+
+
 def test_run_a_recipe(tmp_path):
     recipe = tmp_path / "mine.toml"
     recipe.write_text('[[pass]]\nname = "clean"\n[[pass]]\nname = "fold-batch-norm"\n')
@@ -80,7 +107,7 @@ def test_inspect_and_passes(tmp_path):
         ({"out": "nowhere/out.onnx"}, "no such folder"),
         ({"extra": ["--exclude", "Cnov"]}, "matches no node"),
         ({"extra": ["--weights", "int9"]}, "no number format"),
-        ({"extra": ["--weights", "int4/channel"]}, "no integer kernels"),
+        ({"extra": ["--weights", "int16/channel"]}, "no integer kernels"),
         ({"extra": ["--method", "mes"]}, "mse"),
         ({"extra": ["--target", "ort-cup"]}, "ort-cpu"),
         ({"extra": ["--recipe", "defalt"]}, "default"),
@@ -145,7 +172,8 @@ def test_json_has_what_was_asked_for_and_quiet_says_nothing(tmp_path):
     result = onnxq("quantize", MODEL, out, "--calib", CALIB, "--limit", 8, *quiet)
     assert (result.exit_code, result.output) == (0, "")
     found = json.loads(facts.read_text())
-    wanted = {"bytes", "versions", "seconds", "integers", "outputs", "weights", "notes", "passes"}
+    wanted = {"bytes", "versions", "seconds", "integers", "storage", "outputs", "weights", "notes"}
+    wanted.add("passes")
     assert set(found) == wanted
     assert set(found["passes"][0]) == {"name", "options", "seconds", "bytes", "done", "skipped"}
     assert found["outputs"][0]["samples"] == 8

@@ -3,11 +3,12 @@ import onnx
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from onnxq.encoding import DTYPES, SMALLEST_SCALE, Encoding, Encodings, Format, limits
 from onnxq.errors import RecipeError
 from onnxq.runtime import Session
+from tests.checks import run
 
 values = st.floats(-1e6, 1e6, width=32)
 
@@ -49,7 +50,7 @@ def test_text_of_a_format_parses_back(dtype, sharing):
     ("text", "match"),
     [
         ("itn8", "no number format 'itn8'; did you mean int8"),
-        ("", "no number format ''; types are int4"),
+        ("", "no number format ''; types are int2"),
         ("bfloat", "did you mean float"),
         ("int8/chanel", "no number format 'int8/chanel'; write TYPE"),
         ("int8/channel/", "write TYPE"),
@@ -68,7 +69,10 @@ def test_parse_errors(text, match):
 
 @pytest.mark.parametrize(
     ("dtype", "low", "high"),
-    [("int4", -8, 7), ("uint4", 0, 15), ("int8", -128, 127), ("uint16", 0, 65535)],
+    [
+        *(("int2", -2, 1), ("uint2", 0, 3), ("int3", -4, 3), ("uint3", 0, 7)),
+        *(("int4", -8, 7), ("uint4", 0, 15), ("int8", -128, 127), ("uint16", 0, 65535)),
+    ],
 )
 def test_limits(dtype, low, high):
     assert limits(dtype) == (low, high)
@@ -264,10 +268,65 @@ def test_grid_points_stay(case):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "storage"), [("int4", np.int8), ("uint4", np.uint8), ("int16", np.int16)]
+    ("dtype", "storage"),
+    [
+        *(("int2", np.int8), ("uint3", np.uint8), ("int4", np.int8), ("uint4", np.uint8)),
+        *(("uint8", np.uint8), ("int16", np.int16), ("int32", np.int32)),
+    ],
 )
 def test_storage(dtype, storage):
-    assert Encoding.of_range(-1, 1, dtype).quantize(np.zeros(2)).dtype == storage
+    encoding = Encoding.of_range(-1, 1, dtype)
+    assert encoding.quantize(np.zeros(2)).dtype == encoding.storage == storage
+
+
+@pytest.mark.parametrize("dtype", ["int2", "int4", "uint4", "int8"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_blocks_are_channels_of_their_own(dtype, axis):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(12, 6)).astype(np.float32)
+    block = (4, 3)[axis]
+    shape = ((3, 6), (12, 2))[axis]
+    low, high = limits(dtype)
+    scale = rng.uniform(0.1, 0.5, shape).astype(np.float32)
+    zero = rng.integers(low, high, shape, endpoint=True).astype(np.int32)
+    encoding = Encoding(dtype, scale, zero, axis, block)
+    wanted = np.empty_like(x)
+    for i, j in np.ndindex(x.shape):
+        at = (i // block, j) if axis == 0 else (i, j // block)
+        one = Encoding(dtype, scale[at], zero[at])
+        wanted[i, j] = one.fake_quantize(x[i, j])
+    np.testing.assert_array_equal(encoding.fake_quantize(x), wanted)
+    np.testing.assert_array_equal(encoding.dequantize(encoding.quantize(x)), wanted)
+    np.testing.assert_array_equal(encoding.transposed.fake_quantize(x.T), wanted.T)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+def test_the_encoding_of_the_transposed_matrix(axis):
+    x = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    bound = np.array(1.0) if axis is None else np.arange(1, 5)
+    encoding = Encoding.symmetric(bound, "int4", axis)
+    np.testing.assert_array_equal(
+        encoding.transposed.fake_quantize(x.T), encoding.fake_quantize(x).T
+    )
+
+
+def test_onnxruntime_dequantizes_blocks_so():
+    rng = np.random.default_rng(0)
+    encoding = Encoding(
+        *("uint4", rng.uniform(0.1, 1, (2, 3)).astype(np.float32)),
+        *(rng.integers(0, 16, (2, 3)).astype(np.int32), 0, 16),
+    )
+    q = rng.integers(0, 16, (32, 3)).astype(np.uint8)
+    node = helper.make_node("DequantizeLinear", ["q", "s", "z"], ["y"], axis=0, block_size=16)
+    infos = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [32, 3])]
+    constants = [
+        helper.make_tensor("q", TensorProto.UINT4, q.shape, q.reshape(-1)),
+        numpy_helper.from_array(encoding.scale, "s"),
+        helper.make_tensor("z", TensorProto.UINT4, (2, 3), encoding.zero_point.reshape(-1)),
+    ]
+    graph = helper.make_graph([node], "g", [], infos, constants)
+    proto = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)])
+    np.testing.assert_array_equal(run(proto, {})["y"], encoding.dequantize(q))
 
 
 def test_negative_axis():
@@ -289,6 +348,10 @@ def test_equality_and_hash():
     assert one != "uint8"
     channels = Encoding.symmetric(np.array([1.0, 2.0]), "int8", 0)
     assert channels != Encoding.symmetric(np.array([1.0, 2.0]), "int8", 1)
+    blocks = Encoding.symmetric(np.ones((2, 3)), "int4", 0, 16)
+    assert blocks == Encoding.symmetric(np.ones((2, 3)), "int4", 0, 16)
+    assert blocks != Encoding.symmetric(np.ones((2, 3)), "int4", 0, 32)
+    assert hash(blocks) != hash(Encoding.symmetric(np.ones((2, 3)), "int4", 0, 32))
 
 
 def test_encodings_are_a_mapping():

@@ -100,6 +100,7 @@ def test_broken_documents(text, match):
         encodings_json.loads(text)
 
 
+BLOCKS = {"axis": 0, "block_size": 32}
 CHANNELS = {"y_scale": [1.0, 2.0], "axis": 0}
 
 
@@ -110,7 +111,7 @@ CHANNELS = {"y_scale": [1.0, 2.0], "axis": 0}
         ({"name": 3}, r"an encoding without a name \(encoding 2 of e\.json\)"),
         ({"name": ""}, "an encoding without a name"),
         ({"name": "x"}, "a second encoding of the same name.*x, encoding 2"),
-        ({"output_dtype": "int7"}, "no integer type 'int7'.*types are int4"),
+        ({"output_dtype": "int7"}, "no integer type 'int7'.*types are int2"),
         ({"output_dtype": ["int8"]}, "no integer type"),
         ({"y_scale": 0}, "wanted a finite float32 above 0, got 0"),
         ({"y_scale": -1.5}, r"above 0, got -1\.5"),
@@ -122,7 +123,15 @@ CHANNELS = {"y_scale": [1.0, 2.0], "axis": 0}
         ({"y_scale": True}, "wanted a number, got true or false"),
         ({"y_scale": "1"}, "wanted a number, got text"),
         ({"y_scale": []}, "y_scale holds no scale"),
-        ({"y_scale": [[1.0]], "axis": 0}, "wanted a number, got a list"),
+        ({"y_scale": [[1.0]], "axis": 0}, "lists of scales without a block_size"),
+        ({"y_scale": [[1.0], [1.0, 2.0]], **BLOCKS}, "wanted a number, got a list"),
+        ({"y_scale": [[1.0], 2.0], **BLOCKS}, "wanted a number, got a list"),
+        ({"y_scale": [[]], **BLOCKS}, "y_scale holds no scale"),
+        ({"y_scale": [1.0], **BLOCKS}, "a block_size.*blocks need nested lists of scales"),
+        ({"y_scale": [[1.0]], **BLOCKS, "block_size": 1}, "an integer above 1, got 1"),
+        ({"y_scale": [[1.0]], **BLOCKS, "block_size": True}, "an integer above 1, got True"),
+        ({"y_scale": [[1.0]], "block_size": 32}, "a list of scales without an axis"),
+        ({"y_scale": [[1.0]], **BLOCKS, "y_zero_point": [1]}, "1 values, y_scale has 1, in lists"),
         ({"y_scale": [1.0, 2.0]}, "a list of scales without an axis"),
         ({"axis": 0}, "one scale with an axis"),
         ({**CHANNELS, "axis": 0.5}, "axis: wanted an integer, got a number"),
@@ -159,9 +168,20 @@ def test_incomplete_entries(entry, match):
         encodings_json.loads(json.dumps({"version": "2.0.0", "encodings": [entry]}))
 
 
-def test_blocks_are_refused():
-    entry = {"name": "w", "output_dtype": "int4", "y_scale": [[1.0]], "axis": 1, "block_size": 64}
-    with pytest.raises(UnsupportedError, match="scales per block"):
+def test_blocks():
+    rng = np.random.default_rng(0)
+    scale = rng.uniform(0.1, 1, (3, 5)).astype(np.float32)
+    for zero in (np.zeros((3, 5), np.int32), rng.integers(0, 16, (3, 5)).astype(np.int32)):
+        encodings = Encodings({"w": Encoding("uint4", scale, zero, 0, 32)})
+        text = encodings_json.dumps(encodings)
+        assert '"axis": 0, "block_size": 32' in text
+        assert encodings_json.loads(text) == encodings
+
+
+def test_scales_that_are_integers_themselves_are_refused():
+    entry = {"name": "w", "output_dtype": "int4", "axis": 1, "block_size": 64}
+    entry |= {"per_channel_float_scale": [1.0], "per_block_int_scale": [[1]]}
+    with pytest.raises(UnsupportedError, match="scales in two levels"):
         encodings_json.loads(json.dumps({"version": "2.0.0", "encodings": [entry]}))
 
 

@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from onnxq import model_io
-from onnxq.encoding import Encoding
+from onnxq.encoding import Encoding, limits
 from onnxq.errors import ModelError, UnsupportedError
 from onnxq.model import BatchNormStatistics, Model, load, rewire
 from tests import models
@@ -143,6 +143,42 @@ def test_packed_int4_survives(tmp_path):
     after = onnx.load(tmp_path / "out.onnx")
     assert after.graph.initializer[0] == weight
     assert_same_function(proto, after, levels=("disabled",))  # above, onnxruntime uses 8-bit sums
+
+
+@pytest.mark.parametrize(
+    ("dtype", "packed", "kind", "size"),
+    [
+        ("int2", True, TensorProto.INT4, 8),
+        ("uint4", True, TensorProto.UINT4, 8),
+        ("int4", False, TensorProto.INT8, 15),
+        ("uint3", False, TensorProto.UINT8, 15),
+        ("int8", True, TensorProto.INT8, 15),
+    ],
+)
+def test_integer_constants(dtype, packed, kind, size):
+    model = load(models.parse(DENSE))
+    low, high = limits(dtype)
+    values = np.resize(np.arange(low, high + 1), (3, 5))
+    tensor = model.integers("w", values, dtype, packed=packed)
+    assert tensor.name == "w_1"  # the model has a w
+    np.testing.assert_array_equal(model.array(tensor).astype(int), values)
+    model.graph.nodes[0].inputs[1] = tensor
+    written = next(t for t in model.to_proto().graph.initializer if t.name == "w_1")
+    assert (written.data_type, len(written.raw_data)) == (kind, size)
+    np.testing.assert_array_equal(numpy_helper.to_array(written).astype(int), values)
+
+
+def test_group_normalization_is_not_converted_wrongly():
+    text = (
+        "g (float[N,4,8] x) => (float[] y) <float[2] s, float[2] b>"
+        "{ [norm] y = GroupNormalization<num_groups=2>(x, s, b) }"
+    )
+    model = load(models.parse(text, opset=18))
+    with pytest.raises(ModelError, match="18 to 21: norm would need its scales per channel"):
+        model.raise_opset(21)
+    assert model.opset == 18
+    model.raise_opset(20)
+    assert model.opset == 20
 
 
 def test_constant_nodes_become_constants():

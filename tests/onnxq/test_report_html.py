@@ -161,7 +161,7 @@ def a_report():
     record = PassRecord("clean", {}, 0.5, 1000, Changes())
     integers = {"macs": 0, "share": 0.0, "layers": []}
     facts = {"bytes": {"before": 10, "after": 0}, "integers": integers, "seconds": 0.5}
-    return Report([record], [], {**facts, "versions": {}})
+    return Report([record], [], {**facts, "storage": [], "versions": {}})
 
 
 def layer(before, after, name="a"):
@@ -221,6 +221,21 @@ def test_pages_stay_small(layers, channels):
     ranges = np.stack([-rng.random(channels), rng.random(channels)], axis=1)
     text = report_html.page("m", a_report(), [layer(ranges, ranges)] * layers, "")
     assert len(text) < 300_000
+
+
+def test_how_weights_are_stored():
+    report = a_report()
+    layers = [
+        {"name": n, "kernel": k, "macs": m, "integer": False}
+        for n, k, m in (("a", "MatMulNBits", 30), ("b", "Conv", 10))
+    ]
+    report.facts["integers"] = {"macs": 40, "share": 0.0, "layers": layers}
+    for layer_ in layers:
+        layer_ |= {"op": "Gemm", "reason": "so"}
+    report.facts["storage"] = [{"text": "2 of <7> values"}]
+    text = report_html.page("m", report, [], "")
+    assert "2 of &lt;7&gt; values" in text
+    assert "75.0 %, activations in float" in text
 
 
 def test_a_title_that_is_no_text():

@@ -149,7 +149,7 @@ def test_a_glob_that_matches_nothing_names_what_is_near():
 @pytest.mark.parametrize(
     "options",
     [
-        {"weights": "int4/channel"},
+        {"weights": "uint4/channel", "activations": "int8"},
         {"weights": "int16"},
         {"weights": "int8/block=32"},
         {"weights": "float"},
@@ -158,6 +158,10 @@ def test_a_glob_that_matches_nothing_names_what_is_near():
         {"activations": "uint16"},
         {"activations": "uint8/channel"},
         {"activations": "int4"},
+        {"weights": "int16/channel", "activations": "float"},
+        {"weights": "float", "activations": "float"},
+        {"weights": "int4/block=8", "activations": "float"},
+        {"weights": "int4/block=48", "activations": "float"},
     ],
 )
 def test_formats_without_kernels_are_refused(options):

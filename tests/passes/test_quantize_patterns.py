@@ -234,7 +234,7 @@ def test_exclude_by_name_and_type():
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"weights": "int4/channel"}, "no integer kernels for int4"),
+        ({"weights": "int16/channel"}, "no integer kernels for int16"),
         ({"weights": "int8/block=32"}, "blocks"),
         ({"activations": "int16"}, "not int16"),
         ({"activations": "int8", "weights": "uint8"}, "no integer kernels"),
