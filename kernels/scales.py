@@ -97,8 +97,9 @@ def refit_scales(
         float32 [O]; not above 0 where no scale that is serves the row: keep the old one there.
     """
     above, below = _fit(weight, codes, gram, linear)
-    fitted = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-    return fitted.astype(np.float32)
+    return np.asarray(
+        np.divide(above, below, out=np.zeros_like(above), where=below > 0), np.float32
+    )
 
 
 def refit_scale(
