@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from onnxq.kernels.annealing import objective
+from onnxq.kernels.annealing import anneal, objective
 
-__all__ = ["output_scale", "output_scales", "refit_scale", "refit_scales"]
+__all__ = ["output_scale", "output_scales", "refit_scale", "refit_scales", "searched_scales"]
 
 
 def output_scales(
@@ -80,6 +82,53 @@ def _costs(
         q = np.clip(np.rint(weight / scale) + z, qmin, qmax) - z
         costs[i] = objective(q * scale - weight.astype(np.float64), gram, linear)
     return tried, costs
+
+
+def searched_scales(
+    weight: np.ndarray,
+    zero: np.ndarray,
+    qmin: int,
+    qmax: int,
+    gram: np.ndarray,
+    linear: np.ndarray | None = None,
+    *,
+    around: np.ndarray,
+    shares: Sequence[float] = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15),
+    sweeps: float = 2.0,
+    seed: int = 0,
+    threads: int = 1,
+) -> np.ndarray:
+    """The scale of each row under which a short search of roundings changes the output least.
+
+    Rounding to nearest prefers scales that a search does not: on 4-bit layers these leave about an
+    eighth less error, on samples that were not used too.
+
+    Args:
+        weight: float32 [O, K], or [G, O/G, K] for G groups with an H each.
+        zero: Zero points, int32 [O].
+        qmin: Least integer.
+        qmax: Greatest integer.
+        gram: H, [K, K] or [G, K, K].
+        linear: g0, shaped as the weight; None for 0.
+        around: Scales to try others around, as those of `output_scales`, float32 [O].
+        shares: What is tried, as shares of these.
+        sweeps: Moves per weight for each.
+        seed: Of the search.
+        threads: Threads that share the rows.
+
+    Returns:
+        float32 [O].
+    """
+    best = np.asarray(around, np.float32)
+    least = np.full(best.shape, np.inf)
+    for share in shares:
+        scale = (np.asarray(around, np.float64) * share).astype(np.float32)
+        values = anneal(
+            weight, scale, zero, qmin, qmax, gram, linear, sweeps=sweeps, seed=seed, threads=threads
+        )
+        cost = objective(values.astype(np.float64) - weight, gram, linear)
+        best, least = np.where(cost < least, scale, best), np.minimum(cost, least)
+    return best
 
 
 def refit_scales(

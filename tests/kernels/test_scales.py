@@ -3,8 +3,14 @@
 import numpy as np
 import pytest
 
-from onnxq.kernels.annealing import objective
-from onnxq.kernels.scales import output_scale, output_scales, refit_scale, refit_scales
+from onnxq.kernels.annealing import anneal, objective
+from onnxq.kernels.scales import (
+    output_scale,
+    output_scales,
+    refit_scale,
+    refit_scales,
+    searched_scales,
+)
 
 
 def problem(lead, seed):
@@ -71,3 +77,19 @@ def test_rows_of_zeros_have_no_scale():
     codes = np.zeros_like(weight)
     np.testing.assert_array_equal(refit_scales(weight, codes, gram), 0)
     assert refit_scale(weight, codes, gram) == 0
+
+
+@pytest.mark.parametrize("lead", [(6,), (3, 2)])
+def test_searched_scales_are_those_of_the_best_rounding(lead):
+    weight, zero, gram, linear = problem(lead, 4)
+    around = np.full(6, 0.35, np.float32)
+    shares = (1.0, 0.9, 1.2)
+    got = searched_scales(weight, zero, -8, 7, gram, linear, around=around, shares=shares)
+
+    def cost(scale):  # 9 weights a row: solved exactly
+        values = anneal(weight, scale.astype(np.float32), zero, -8, 7, gram, linear)
+        return objective(values.astype(np.float64) - weight, gram, linear)
+
+    costs = np.array([cost(around * share) for share in shares])
+    np.testing.assert_allclose(cost(got), costs.min(axis=0), rtol=1e-6, atol=1e-9)
+    assert len(set(costs.argmin(axis=0))) > 1
