@@ -1,16 +1,22 @@
-"""Rounding as a quadratic over {floor, ceil}^K per row, solved by simulated annealing.
+"""Rounding as a quadratic over the integers around each weight, solved by search.
 
 For a row of a weight, d = s (q - z) - w is its rounding error and d H d^T + 2 d g0 the error of the
-layer's output, H being the second moment of its input.  A move turns one weight, or two at once,
-to the other rounding; with g = d H + g0 at hand its change of the objective costs O(1), and
-following it costs one row of H.
+layer's output, H being the second moment of its input.  A move takes one weight a step up or down.
+With g = d H + g0 at hand the changes +-2 g_k + H_kk of all moves are known, and following one costs
+one row of H: O(K), vectorized.
 
-All is done in units of a row's scale and of the mean of H's diagonal, where a move is a step of
-+1 or -1: g +- H[k].
+The search is a tabu search: always the best move, uphill too, that does not touch a weight moved
+lately.  Where H is ill-conditioned, as for most first layers, a single move climbs a steep slope
+and only the next one, which answers it, pays; moves drawn at random hardly find such pairs.
+
+All is done in units of the row's scale and of the mean of H's diagonal.
+
+Sources: Glover 1989 (tabu search), Nagel et al. 2020 (arXiv 2004.10568; the objective).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -20,14 +26,24 @@ from onnxq.kernels._jit import kernel, read_only
 
 __all__ = ["Choices", "anneal", "choices", "objective"]
 
+# Moves per weight by default: so many over K, within limits, which makes the time per weight the
+# same for all layers.
+MOVES, FEWEST, MOST = 5_000, 1.5, 200.0
 # Rows of one piece of work.
 ROWS = 16
-# Rows with so few open weights are solved by trying all.
+# Rows with so few open weights are solved by trying all choices.
 EXHAUSTIVE = 12
+# Moves that a weight rests, round by round: at least, and at random up to twice that.  Long rests
+# lead far away, short ones look around: so the search cools down.
+RESTS = np.array([16, 10, 6, 4])
+# Rows up to so many columns end with a search for pairs, which costs K^2.
+PAIRED = 1024
 # Columns with less of the mean diagonal are constant: they have no say.
 SILENT = 1e-9
-# The change that a weight without a choice would make.
+# The change that a move makes which must not be made.
 NEVER = np.float32(1e30)
+# Changes that count, in units.
+LEAST = 1e-6
 
 
 def objective(error: np.ndarray, gram: np.ndarray, linear: np.ndarray | None = None) -> np.ndarray:
@@ -66,13 +82,8 @@ def choices(
         qmin: Least integer.
         qmax: Greatest integer.
     """
-    shape = (*weight.shape[:-1], 1)
-    s, z = np.asarray(scale, np.float32).reshape(shape), np.asarray(zero, np.int64).reshape(shape)
-    steps = weight.astype(np.float64) / s
-    low = np.clip(np.floor(steps), qmin - z, qmax - z)
-    high = np.clip(np.ceil(steps), qmin - z, qmax - z)
-    near = np.clip(np.rint(weight / s), low, high)
-    return Choices(*(q.astype(np.float32) * s for q in (low, high, near)))
+    s, z = _columns(weight, scale, zero)
+    return Choices(*(q * s for q in _steps(weight, s, qmin - z, qmax - z)))
 
 
 def anneal(
@@ -85,7 +96,8 @@ def anneal(
     linear: np.ndarray | None = None,
     start: np.ndarray | None = None,
     *,
-    sweeps: int = 400,
+    sweeps: float | None = None,
+    reach: int = 0,
     seed: int = 0,
     threads: int = 1,
 ) -> np.ndarray:
@@ -102,24 +114,27 @@ def anneal(
         gram: H, the second moment of the layer's input, [K, K] or [G, K, K].
         linear: g0, shaped as the weight; None for 0.
         start: Values on the grid to start from, shaped as the weight.
-        sweeps: Moves tried per weight.
-        seed: Of the random moves; each row has a stream of its own.
-        threads: Threads that share the rows.
+        sweeps: Moves per weight; None for a number that takes about 2 us per weight on one core, 0
+            for moves that improve alone.
+        reach: Further searches, each of which may take a weight a step beyond.  Lowers the
+            objective, but fits the noise of H where that comes from few samples.
+        seed: Of the random rests; each row has a stream of its own.
+        threads: Threads that share the rows; the result does not depend on them.
 
     Returns:
         Values s (q - z), float32, shaped as the weight.
     """
-    problem = _Problem(weight, scale, zero, qmin, qmax, gram, linear)
+    problem = _Problem(weight, scale, zero, (qmin, qmax), gram, linear)
     best, least = problem.nearest, problem.cost(problem.nearest)
-    first = best
     if start is not None:
-        best, least = _better(best, least, start.reshape(best.shape), problem)
-        first = best
-    if not problem.open.any():
-        return best.reshape(weight.shape)
-    found = problem.solve(first, sweeps, seed, threads)
-    best, least = _better(best, least, found, problem)
-    return best.reshape(weight.shape)
+        steps = np.rint(start.reshape(best.shape) / problem.scale)
+        best, least = _better(best, least, steps, problem)
+    for i in range(1 + reach):
+        if i > 0:
+            problem.widen(best)
+        found = problem.search(best, sweeps, seed + i, threads)
+        best, least = _better(best, least, found, problem)
+    return np.asarray(best * problem.scale).reshape(weight.shape)
 
 
 def _better(
@@ -131,223 +146,279 @@ def _better(
     return np.where(wins, other, best), np.minimum(cost, least)
 
 
+def _columns(
+    weight: np.ndarray, scale: np.ndarray, zero: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    shape = (*weight.shape[:-1], 1)
+    return np.asarray(scale, np.float32).reshape(shape), np.asarray(zero, np.int64).reshape(shape)
+
+
+def _steps(
+    weight: np.ndarray, scale: np.ndarray, least: np.ndarray, most: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Whole steps from zero, float32: rounded down, up and to nearest, within limits."""
+    exact = weight.astype(np.float64) / scale
+    low, high = (np.clip(f(exact), least, most).astype(np.float32) for f in (np.floor, np.ceil))
+    return low, high, np.clip(np.rint(weight / scale), low, high)
+
+
 class _Problem:
-    """The weights, [G, R, K], with their two choices each."""
+    """Rows of all groups, [G, R, K], as steps from zero, and what they may become."""
 
     def __init__(
         self,
         weight: np.ndarray,
         scale: np.ndarray,
         zero: np.ndarray,
-        qmin: int,
-        qmax: int,
+        limits: tuple[int, int],
         gram: np.ndarray,
         linear: np.ndarray | None,
     ) -> None:
         columns = weight.shape[-1]
         self.gram = np.asarray(gram, np.float64).reshape(-1, columns, columns)
-        groups = len(self.gram)
-        self.weight = np.asarray(weight, np.float32).reshape(groups, -1, columns)
-        shape = (groups, self.weight.shape[1], 1)
-        self.scale = np.asarray(scale, np.float32).reshape(shape)
+        self.weight = np.asarray(weight, np.float32).reshape(len(self.gram), -1, columns)
+        self.scale, z = _columns(self.weight, scale, zero)
         self.linear = None if linear is None else linear.reshape(self.weight.shape)
-        self.low, self.high, self.nearest = choices(self.weight, scale, zero, qmin, qmax)
+        self.least, self.most = limits[0] - z, limits[1] - z
+        grid = _steps(self.weight, self.scale, self.least, self.most)
+        self.low, self.high, self.nearest = grid
         diagonal = np.diagonal(self.gram, axis1=1, axis2=2)
-        self.unit = np.maximum(diagonal.mean(axis=1), 1e-300).reshape(groups, 1, 1)
-        loud = (diagonal > SILENT * self.unit[:, :, 0])[:, None]
+        self.unit = np.maximum(diagonal.mean(axis=1), 1e-300).reshape(-1, 1, 1)
+        self.loud = (diagonal > SILENT * self.unit[:, :, 0])[:, None]
+        self.quiet = self.nearest
         if self.linear is not None:  # a silent column decides by itself
             pulled = np.where(self.linear > 0, self.low, self.high)
-            pulled = np.where(self.linear == 0, self.nearest, pulled)
-            self.quiet = np.where(loud, self.nearest, pulled)
-        else:
-            self.quiet = self.nearest
-        self.open = (self.low != self.high) & loud
+            self.quiet = np.where(self.loud | (self.linear == 0), self.nearest, pulled)
+        self.open = (self.low != self.high) & self.loud
 
-    def cost(self, values: np.ndarray) -> np.ndarray:
-        return objective(self.error(values), self.gram, self.linear)
+    def cost(self, steps: np.ndarray) -> np.ndarray:
+        return objective(self._error(steps), self.gram, self.linear)
 
-    def error(self, values: np.ndarray) -> np.ndarray:
-        error: np.ndarray = values.astype(np.float64) - self.weight
-        return error
+    def _error(self, steps: np.ndarray) -> np.ndarray:
+        values = (steps * self.scale).astype(np.float64)  # as they will be stored
+        return np.asarray(values - self.weight)
 
-    def pull(self, values: np.ndarray) -> np.ndarray:
+    def _pull(self, steps: np.ndarray) -> np.ndarray:
         """The gradient's half, g = d H + g0, in units, float32 [G * R, K]."""
-        pull: np.ndarray = np.matmul(self.error(values), self.gram)
+        pull: np.ndarray = np.matmul(self._error(steps), self.gram)
         if self.linear is not None:
             pull += self.linear
         pull /= self.scale * self.unit
         return pull.astype(np.float32).reshape(-1, pull.shape[-1])
 
-    def solve(self, first: np.ndarray, sweeps: int, seed: int, threads: int) -> np.ndarray:
+    def search(
+        self, first: np.ndarray, sweeps: float | None, seed: int, threads: int
+    ) -> np.ndarray:
+        """Steps from zero that are about the best, from first ones."""
         groups, each, columns = self.weight.shape
         first = np.where(self.open, first, self.quiet)
-        gram = (self.gram / self.unit).astype(np.float32)
-        # the next move of each weight; 0 where there is none
         move = np.where(self.open, np.where(first == self.low, 1, -1), 0)
-        move = move.astype(np.float32).reshape(-1, columns)
-        pull = self.pull(first)
-        spread = 1 / np.maximum(np.square(gram).mean(axis=(1, 2)), 1e-30) / columns**2
-        pairs = float(np.clip(0.5 - spread.mean(), 0.05, 0.5))
-        schedule = np.geomspace(0.1, 0.001, max(sweeps, 1)).astype(np.float32)
-
+        move = np.ascontiguousarray(move, np.float32).reshape(-1, columns)
+        gram = (self.gram / self.unit).astype(np.float32)
+        if sweeps is None:
+            sweeps = float(np.clip(MOVES / columns, FEWEST, MOST))
         states = _states(seed, len(move))
 
-        def part(begin: int) -> None:
-            rows = slice(begin, begin + ROWS)
-            state = read_only(states[rows])
-            _anneal(read_only(gram), each, begin, move[rows], pull[rows], schedule, pairs, state, 2)
+        def reached() -> np.ndarray:
+            m = move.reshape(first.shape)
+            return np.where(m > 0, self.low, np.where(m < 0, self.high, first))
 
-        begins = range(0, groups * each, ROWS)
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(part, begins))
-        move = move.reshape(self.weight.shape)
-        found = np.where(move > 0, self.low, np.where(move < 0, self.high, first))
-        pull = self.pull(found)
-        move = move.reshape(-1, columns)
+        def shared(work: Callable[..., None], *rest: object) -> None:
+            """Do the work on pieces of rows."""
+            pull = self._pull(reached())
 
-        def finish(begin: int) -> None:
-            rows = slice(begin, begin + ROWS)
-            _descend(read_only(gram), each, begin, move[rows], pull[rows])
+            def piece(begin: int) -> None:
+                rows = slice(begin, begin + ROWS)
+                work(read_only(gram), each, begin, move[rows], read_only(pull[rows]), *rest)
 
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(finish, begins))
-        move = move.reshape(self.weight.shape)
-        return np.where(move > 0, self.low, np.where(move < 0, self.high, first))
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(piece, range(0, groups * each, ROWS)))
+
+        if sweeps > 0:
+            shared(_search, read_only(states), float(sweeps), read_only(RESTS))
+        if sweeps == 0 or columns <= PAIRED:
+            shared(_descend)
+        return reached()
+
+    def widen(self, steps: np.ndarray) -> None:
+        """Let each weight choose between where it is and its next step down the gradient."""
+        down = self._pull(steps).reshape(steps.shape) > 0
+        one = np.float32(1)
+        self.low = np.maximum(np.where(down, steps - one, steps), self.least.astype(np.float32))
+        self.high = np.minimum(np.where(down, steps, steps + one), self.most.astype(np.float32))
+        self.open = (self.low != self.high) & self.loud
 
 
 def _states(seed: int, rows: int) -> np.ndarray:
     """The start of each row's random stream, uint64 [rows], above 0."""
-    mixed = np.uint64(seed) + np.arange(1, rows + 1, dtype=np.uint64)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):  # splitmix64
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) if shift == 30 else mixed
+    mixed = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15 & 0xFFFFFFFF) + np.arange(
+        1, rows + 1, dtype=np.uint64
+    )
+    mixed *= np.uint64(0x9E3779B97F4A7C15)  # splitmix64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return np.asarray((mixed ^ (mixed >> np.uint64(31))) | np.uint64(1))
 
 
 @kernel
-def _random(state: np.uint64) -> np.uint64:
-    state ^= state << np.uint64(13)
-    state ^= state >> np.uint64(7)
-    state ^= state << np.uint64(17)
-    return state
+def _follow(
+    row: np.ndarray,
+    twice: np.float32,
+    move: np.ndarray,
+    ease: np.ndarray,
+    change: np.ndarray,
+    score: np.ndarray,
+) -> None:
+    """Changes and scores of all moves, once one is made; row is that of H, twice its step doubled.
+
+    A score is the change where it is downhill; uphill it is the change by H_kk, or the search would
+    get no further than the weights that hardly matter.
+    """
+    for j in range(change.size):
+        c = change[j] + twice * move[j] * row[j]
+        change[j] = c
+        score[j] = c * ease[j] if c > 0 else c
 
 
 @kernel
-def _flip(gram: np.ndarray, k: int | np.integer, move: np.ndarray, pull: np.ndarray) -> None:
-    """Follow the move of weight k."""
-    sign, row = move[k], gram[k]
-    move[k] = -sign
-    for j in range(pull.size):
-        pull[j] += sign * row[j]
+def _lowest(bits: np.ndarray, until: np.ndarray, now: np.int32) -> np.int64:
+    """The place of the least float32, given as its bits, that rests no more.
+
+    Integers, since only their minimum is vectorized: the floats' order above, the place below.
+    """
+    lowest = np.int64(0x7FFFFFFFFFFFFFFF)
+    for j in range(bits.size):
+        key = np.int64(bits[j])
+        key ^= (key >> 63) & 0x7FFFFFFF  # negative floats are ordered the other way
+        key = (key << 32) | j
+        key = key if until[j] <= now else np.int64(0x7FFFFFFFFFFFFFFF)
+        lowest = min(lowest, key)
+    return lowest & 0xFFFFFFFF
 
 
 @kernel
-def _search(gram: np.ndarray, move: np.ndarray, pull: np.ndarray) -> None:
-    """Single moves, then each with its best partner, until nothing improves."""
-    columns = move.size
-    least = np.float32(1e-6)
-    improved = True
-    rounds = 0
-    while improved and rounds < 200:
-        improved = False
-        rounds += 1
-        for k in range(columns):
-            if move[k] != 0 and 2 * move[k] * pull[k] + gram[k, k] < -least:
-                _flip(gram, k, move, pull)
-                improved = True
-        if improved:
-            continue
-        for k in range(columns):
-            if move[k] == 0:
-                continue
-            row, twice = gram[k], 2 * move[k]
-            own = twice * pull[k] + gram[k, k]
-            lowest, partner = np.float32(0), k
-            for j in range(columns):
-                change = own + gram[j, j] + 2 * move[j] * pull[j] + twice * move[j] * row[j]
-                if change < lowest and j != k and move[j] != 0:
-                    lowest, partner = change, j
-            if lowest < -least:
-                _flip(gram, k, move, pull)
-                _flip(gram, partner, move, pull)
-                improved = True
+def _changes(gram: np.ndarray, move: np.ndarray, pull: np.ndarray, change: np.ndarray) -> None:
+    for k in range(move.size):
+        change[k] = 2 * move[k] * pull[k] + gram[k, k] if move[k] != 0 else NEVER
 
 
 @kernel
-def _descend(gram: np.ndarray, each: int, begin: int, move: np.ndarray, pull: np.ndarray) -> None:
-    for r in range(move.shape[0]):
-        _search(gram[(begin + r) // each], move[r], pull[r])
-
-
-@kernel
-def _enumerate(gram: np.ndarray, move: np.ndarray, pull: np.ndarray, places: np.ndarray) -> None:
+def _enumerate(
+    gram: np.ndarray, move: np.ndarray, change: np.ndarray, ease: np.ndarray, places: np.ndarray
+) -> None:
     """The best of all choices for the weights at `places`, in the order of a Gray code."""
-    now = move.copy()
+    now, score = move.copy(), change.copy()
     total, best = 0.0, 0.0
     for count in range(1, 1 << places.size):
         bit = 0
         while not (count >> bit) & 1:
             bit += 1
         k = places[bit]
-        total += 2 * now[k] * pull[k] + gram[k, k]
-        _flip(gram, k, now, pull)
+        own, step = change[k], now[k]
+        total += own
+        now[k] = -step
+        _follow(gram[k], 2 * step, now, ease, change, score)
+        change[k] = -own
         if total < best:
             best = total
             move[:] = now
 
 
 @kernel
-def _anneal(
+def _search(
     gram: np.ndarray,
     each: int,
     begin: int,
     move: np.ndarray,
     pull: np.ndarray,
-    schedule: np.ndarray,
-    pairs: float,
     states: np.ndarray,
-    restarts: int,
+    sweeps: float,
+    rests: np.ndarray,
 ) -> None:
-    rows, columns = move.shape
-    chances = np.empty(4096, np.float32)
-    for i in range(4096):
-        chances[i] = -np.log((i + 0.5) / 4096)
-    pair_below = np.uint64(pairs * 65536)
-    own = np.empty(columns, np.float32)
-    m = np.empty(columns, np.float32)
-    g = np.empty(columns, np.float32)
-    for r in range(rows):
+    """The best state that a tabu search sees from where each row is.
+
+    Args:
+        gram: H in units, float32 [G, K, K].
+        each: Rows of a group.
+        begin: The first row's number.
+        move: The step that is each weight's next, +1, -1 or, for none, 0; float32 [R, K].
+        pull: d H + g0, float32 [R, K].
+        states: Of each row's random stream, uint64.
+        sweeps: Moves per weight.
+        rests: Moves that a weight rests, at least; up to twice that, at random.  One round for
+            each, from the best state of those before.
+    """
+    columns = move.shape[1]
+    change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
+    score, now = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    best_change = np.empty(columns, np.float32)
+    bits = score.view(np.int32)
+    until = np.empty(columns, np.int32)
+    for r in range(move.shape[0]):
         h = gram[(begin + r) // each]
+        _changes(h, move[r], pull[r], best_change)
         places = np.flatnonzero(move[r])
         if places.size <= EXHAUSTIVE:
-            _enumerate(h, move[r], pull[r], places)
+            _enumerate(h, move[r], best_change, ease, places)
             continue
-        state = states[r]
-        for k in range(columns):
-            own[k] = h[k, k] if move[r, k] != 0 else NEVER
-        first_m, first_g = move[r].copy(), pull[r].copy()
+        for k in places:
+            ease[k] = 1 / h[k, k]
+        state = states[begin + r]
         best = 0.0
-        for _ in range(restarts):
-            m[:] = first_m
-            g[:] = first_g
-            total = 0.0
-            for t in range(schedule.size):
-                temperature = schedule[t]
-                for k in range(columns):
-                    change = 2 * m[k] * g[k] + own[k]
-                    state = _random(state)
-                    limit = temperature * chances[state & np.uint64(4095)]
-                    if change < limit:
-                        _flip(h, k, m, g)
-                        total += change
-                    elif (state >> np.uint64(16)) & np.uint64(65535) < pair_below:
-                        j = np.int64((state >> np.uint64(32)) % np.uint64(columns))
-                        change += 2 * m[j] * g[j] + own[j] + 2 * m[k] * m[j] * h[k, j]
-                        if change < limit and j != k:
-                            _flip(h, k, m, g)
-                            _flip(h, j, m, g)
-                            total += change
-                if total < best:
+        for rest in rests:
+            rest = min(rest, places.size // 3)
+            change[:], now[:], until[:] = best_change, move[r], 0
+            total = best
+            _follow(h[0], np.float32(0), now, ease, change, score)
+            for i in range(max(1, int(sweeps * places.size / rests.size))):
+                k = _lowest(bits, until, np.int32(i))
+                own = change[k]
+                # only at the bottom of a descent, since keeping a state costs as much as a move
+                if own >= 0 and total < best - LEAST:
                     best = total
-                    move[r] = m
-                    pull[r] = g
+                    move[r] = now
+                    best_change[:] = change
+                total += own
+                step = now[k]
+                now[k] = -step
+                _follow(h[k], 2 * step, now, ease, change, score)
+                change[k] = -own
+                score[k] = -own * ease[k] if own < 0 else -own
+                state ^= state << np.uint64(13)  # xorshift64
+                state ^= state >> np.uint64(7)
+                state ^= state << np.uint64(17)
+                until[k] = i + 1 + rest + np.int32(state % np.uint64(rest))
+
+
+@kernel
+def _descend(gram: np.ndarray, each: int, begin: int, move: np.ndarray, pull: np.ndarray) -> None:
+    """Single moves, then each move with its best partner, until nothing improves."""
+    columns = move.shape[1]
+    change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
+    score, after = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    bits, bits_after = change.view(np.int32), after.view(np.int32)
+    until = np.zeros(columns, np.int32)
+    for r in range(move.shape[0]):
+        h, now = gram[(begin + r) // each], move[r]
+        _changes(h, now, pull[r], change)
+        k, tried = np.int64(0), 0
+        left = 100 * columns  # no more moves than that, should rounding make them go round
+        while tried < columns and left > 0:
+            j = _lowest(bits, until, np.int32(0))
+            own = change[j]
+            if own >= -LEAST:
+                j, own = k, change[k]
+                k = k + 1 if k + 1 < columns else np.int64(0)
+                tried += 1
+                if now[j] == 0:
+                    continue
+                after[:] = change
+                _follow(h[j], 2 * now[j], now, ease, after, score)
+                after[j] = NEVER
+                if own + after[_lowest(bits_after, until, np.int32(0))] >= -LEAST:
+                    continue
+            twice = 2 * now[j]
+            now[j] = -now[j]
+            _follow(h[j], twice, now, ease, change, score)
+            change[j] = -own
+            tried, left = 0, left - 1

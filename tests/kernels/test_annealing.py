@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.kernels.annealing import anneal, objective
+from onnxq.kernels.annealing import anneal, choices, objective
+from onnxq.kernels.quantize import fake_quantize
 
 
 def problem(rows, columns, seed, *, rank=None, linear=False, groups=None):
@@ -25,12 +26,30 @@ def problem(rows, columns, seed, *, rank=None, linear=False, groups=None):
     return (weight, scale, zero, -8, 7, gram), g0 if g0 is None else g0.astype(np.float32)
 
 
-def choices(weight, scale, zero, qmin, qmax, gram):
-    """The values of both choices, and those of rounding to nearest."""
-    s, z = (a.reshape(*weight.shape[:-1], 1) for a in (scale, zero))
-    steps = weight.astype(np.float64) / s
-    three = np.floor(steps), np.ceil(steps), np.rint(weight / s)
-    return [(np.clip(q, qmin - z, qmax - z) * s).astype(np.float32) for q in three]
+def cost(values, args, g0):
+    return objective(values.astype(np.float64) - args[0], args[-1], g0)
+
+
+def test_the_objective_is_the_formula():
+    args, g0 = problem(4, 7, 1, linear=True)
+    d = np.random.default_rng(1).normal(size=(4, 7)).astype(np.float32)
+    wanted = [e @ args[-1] @ e + 2 * e @ g for e, g in zip(d.astype(np.float64), g0, strict=True)]
+    np.testing.assert_allclose(objective(d, args[-1], g0), wanted, rtol=1e-12)
+
+
+def test_choices_are_the_quantizer_s():
+    weight, scale, zero, qmin, qmax, _ = problem(5, 60, 8)[0]
+    low, high, nearest = choices(weight, scale, zero, qmin, qmax)
+    s, z = scale[:, None], zero[:, None]
+    wanted = fake_quantize(weight, s, z, qmin, qmax)
+    np.testing.assert_array_equal(nearest, wanted)
+    inside = (weight > s * (qmin - z)) & (weight < s * (qmax - z))
+    assert np.all((low <= weight) & (weight <= high) | ~inside)
+    np.testing.assert_array_equal(low[~inside], high[~inside])
+    np.testing.assert_allclose(
+        (high - low)[inside], np.broadcast_to(s, low.shape)[inside], rtol=1e-5
+    )
+    assert 0 < np.mean(inside) < 1
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -38,13 +57,12 @@ def choices(weight, scale, zero, qmin, qmax, gram):
 def test_small_rows_are_solved_exactly(rank, linear):
     args, g0 = problem(6, 9, 3, rank=rank, linear=linear)
     got = anneal(*args, g0)
-    low, high, _ = choices(*args)
+    low, high, _ = choices(*args[:-1])
     least = np.full(6, np.inf)
     for bits in itertools.product([False, True], repeat=9):
         error = np.where(bits, high, low).astype(np.float64) - args[0]
         least = np.minimum(least, objective(error, args[-1], g0))
-    cost = objective(got.astype(np.float64) - args[0], args[-1], g0)
-    np.testing.assert_allclose(cost, least, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(cost(got, args, g0), least, rtol=1e-5, atol=1e-6)
 
 
 @given(
@@ -58,10 +76,136 @@ def test_small_rows_are_solved_exactly(rank, linear):
 def test_no_row_is_worse_than_nearest(rows, columns, seed, rank, linear, groups):
     args, g0 = problem(rows, columns, seed, rank=rank, linear=linear, groups=groups)
     got = anneal(*args, g0, sweeps=20)
-    low, high, nearest = choices(*args)
+    low, high, nearest = choices(*args[:-1])
     assert got.dtype == np.float32
     assert np.all((got == low) | (got == high))
-    cost, before = (
-        objective(values.astype(np.float64) - args[0], args[-1], g0) for values in (got, nearest)
+    assert np.all(cost(got, args, g0) <= cost(nearest, args, g0))
+
+
+def relu_problem(rows, columns, seed):
+    """Correlated inputs as behind a Relu."""
+    rng = np.random.default_rng(seed)
+    x = np.maximum(
+        rng.normal(size=(4000, columns // 4)) @ rng.normal(size=(columns // 4, columns)), 0
     )
-    assert np.all(cost <= before)
+    x += 0.1 * rng.normal(size=x.shape)
+    gram = np.cov(x.T)
+    weight = rng.normal(size=(rows, columns)).astype(np.float32)
+    scale = (np.abs(weight).max(axis=1) / 8).astype(np.float32)
+    return weight, scale, np.zeros(rows, np.int32), -8, 7, gram
+
+
+def test_wider_rows_come_near_the_best():
+    args, g0 = problem(4, 16, 5, rank=6, linear=True)
+    low, high, _ = choices(*args[:-1])
+    found = cost(anneal(*args, g0), args, g0)
+    open_ = low != high
+    for row in range(4):
+        places = np.flatnonzero(open_[row])
+        bits = (np.arange(1 << places.size)[:, None] >> np.arange(places.size)) & 1
+        error = np.repeat(low[row : row + 1], len(bits), axis=0).astype(np.float64)
+        error[:, places] = np.where(bits, high[row, places], low[row, places])
+        error -= args[0][row]
+        least = objective(error, args[-1], np.repeat(g0[row : row + 1], len(bits), axis=0)).min()
+        assert found[row] <= least + 0.02 * abs(least) + 1e-6
+
+
+def test_it_beats_descent_by_far():
+    args = relu_problem(24, 64, 9)
+    descended, searched = (cost(anneal(*args, sweeps=s), args, None).sum() for s in (0, None))
+    nearest = cost(choices(*args[:-1]).nearest, args, None).sum()
+    assert descended < 0.8 * nearest
+    assert searched < 0.85 * descended
+
+
+def test_descent_ends_where_no_move_and_no_pair_improves():
+    args, g0 = problem(5, 20, 11, rank=4, linear=True)
+    got = anneal(*args, g0, sweeps=0)
+    low, high, _ = choices(*args[:-1])
+    before = cost(got, args, g0)
+    for pair in itertools.combinations_with_replacement(range(20), 2):
+        other = got.copy()
+        for k in set(pair):
+            other[:, k] = np.where(got[:, k] == low[:, k], high[:, k], low[:, k])
+        assert np.all(cost(other, args, g0) >= before - 1e-4 * np.diag(args[-1]).mean())
+
+
+@given(st.integers(1, 4), st.integers(1, 30), st.integers(0, 99), st.sampled_from([0, 2.0]))
+def test_no_row_is_worse_than_the_start(rows, columns, seed, sweeps):
+    args, g0 = problem(rows, columns, seed, rank=3, linear=True)
+    low, high, _ = choices(*args[:-1])
+    start = np.where(np.random.default_rng(seed).random(low.shape) < 0.5, low, high)
+    got = anneal(*args, g0, start, sweeps=sweeps)
+    assert np.all(cost(got, args, g0) <= cost(start, args, g0))
+
+
+def test_a_good_start_is_kept():
+    args, g0 = problem(6, 40, 2, linear=True)
+    good = anneal(*args, g0, sweeps=300)
+    again = anneal(*args, g0, good, sweeps=1)
+    assert np.all(cost(again, args, g0) <= cost(good, args, g0))
+
+
+def test_threads_and_other_rows_change_nothing():
+    args = relu_problem(40, 32, 4)
+    one = anneal(*args, seed=3)
+    np.testing.assert_array_equal(anneal(*args, seed=3, threads=3), one)
+    weight, scale, zero, *rest = args
+    few = anneal(weight[:20], scale[:20], zero[:20], *rest, seed=3)
+    assert np.mean(few == one[:20]) > 0.99  # but for the order of sums in BLAS
+    np.testing.assert_array_equal(anneal(*args, seed=3), one)
+
+
+def test_the_seed_decides():
+    args = relu_problem(8, 96, 4)
+    first, second = (anneal(*args, seed=s, sweeps=2) for s in (3, 4))
+    assert np.any(first != second)
+
+
+def test_groups_are_layers_of_their_own():
+    args, g0 = problem(3, 18, 6, linear=True, groups=4)
+    weight, scale, zero, qmin, qmax, gram = args
+    together = cost(anneal(*args, g0), args, g0).reshape(4, 3)
+    for g in range(4):
+        part = slice(3 * g, 3 * g + 3)
+        alone = (weight[g], scale[part], zero[part], qmin, qmax, gram[g])
+        apart = cost(anneal(*alone, g0[g]), alone, g0[g])
+        np.testing.assert_allclose(together[g], apart, rtol=0.05, atol=1e-3)
+
+
+def test_reach_goes_further_within_the_grid():
+    args = relu_problem(16, 24, 13)
+    near, far = anneal(*args), anneal(*args, reach=2)
+    assert cost(far, args, None).sum() < cost(near, args, None).sum()
+    steps = np.rint(far / args[1][:, None])
+    np.testing.assert_allclose(steps * args[1][:, None], far, rtol=1e-6)
+    assert steps.min() >= -8
+    assert steps.max() <= 7
+    assert np.abs(far - args[0]).max() > args[1].max()
+
+
+def test_constant_inputs_leave_their_weights_at_nearest():
+    args = list(relu_problem(6, 20, 1))
+    args[-1][:, 5] = args[-1][5, :] = 0
+    got = anneal(*args)
+    np.testing.assert_array_equal(got[:, 5], choices(*args[:-1]).nearest[:, 5])
+
+
+def test_an_input_that_is_always_zero():
+    args = (*relu_problem(3, 20, 1)[:-1], np.zeros((20, 20)))
+    np.testing.assert_array_equal(anneal(*args), choices(*args[:-1]).nearest)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_units_do_not_matter(scale):
+    args = relu_problem(5, 30, 7)
+    wanted = anneal(*args)
+    np.testing.assert_array_equal(anneal(*args[:-1], args[-1] * scale), wanted)
+
+
+def test_arguments_are_left_alone():
+    args, g0 = problem(3, 14, 0, linear=True)
+    kept = [np.copy(a) for a in (*args, g0)]
+    anneal(*args, g0, threads=2)
+    for before, after in zip(kept, (*args, g0), strict=True):
+        np.testing.assert_array_equal(before, after)
