@@ -24,7 +24,7 @@ import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["Choices", "anneal", "choices", "objective"]
+__all__ = ["Choices", "anneal", "choices", "objective", "usual_sweeps"]
 
 # Moves per weight by default: so many over K, within limits, which makes the time per weight the
 # same for all layers.
@@ -60,6 +60,11 @@ def objective(error: np.ndarray, gram: np.ndarray, linear: np.ndarray | None = N
         pull += 2.0 * linear
     cost: np.ndarray = np.einsum("...k,...k->...", wide, pull)
     return cost.reshape(-1)
+
+
+def usual_sweeps(columns: int) -> float:
+    """Moves per weight of a row of so many that take about 2 us per weight on one core."""
+    return float(np.clip(MOVES / columns, FEWEST, MOST))
 
 
 class Choices(NamedTuple):
@@ -216,7 +221,7 @@ class _Problem:
         move = np.ascontiguousarray(move, np.float32).reshape(-1, columns)
         gram = (self.gram / self.unit).astype(np.float32)
         if sweeps is None:
-            sweeps = float(np.clip(MOVES / columns, FEWEST, MOST))
+            sweeps = usual_sweeps(columns)
         states = _states(seed, len(move))
 
         def reached() -> np.ndarray:

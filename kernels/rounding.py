@@ -9,20 +9,31 @@ from onnxq.kernels._jit import kernel, read_only
 __all__ = ["gptq", "inverse_factor", "shrink"]
 
 
-def shrink(gram: np.ndarray, count: int) -> np.ndarray:
+def shrink(
+    gram: np.ndarray, count: int, half: np.ndarray | None = None, other: np.ndarray | None = None
+) -> np.ndarray:
     """A second moment drawn towards its diagonal by as much as its sampling noise deserves.
 
-    The intensity is the one of least expected squared error for normal data.
+    The intensity is the one of least expected squared error: for normal data, or, where the same
+    from two halves of the samples are given, by how far these differ, which holds for samples that
+    depend on one another, such as patches of one picture, too.
 
     Args:
         gram: Second moments, float64 [K, K].
         count: Samples that it is the mean of.
+        half: The same from half of the samples.
+        other: The same from the other half.
 
     Source: Schaefer and Strimmer 2005, target D; Gaussian variance of the entries.
     """
     diagonal = np.diag(gram)
     off = gram - np.diag(diagonal)
     signal = np.square(off).sum()
+    if half is not None and other is not None:
+        apart = half - other
+        noise = (np.square(apart).sum() - np.square(np.diag(apart)).sum()) / 4
+        intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
+        return np.asarray((1 - intensity) * off + np.diag(diagonal))
     noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
     intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
     shrunk: np.ndarray = (1 - intensity) * off + np.diag(diagonal)

@@ -31,7 +31,7 @@ def patches_for(columns: int, most: int) -> int:
 def statistics_bytes(layer: Layer) -> int:
     """Bytes that the second moments of a layer's input take while they are added up."""
     source = PatchSource.of(layer)
-    return 40 * source.groups * source.columns**2  # two sums, one part of each, and products
+    return 80 * source.groups * source.columns**2  # two sums of each half, parts and products
 
 
 class LayerInputs:
@@ -164,7 +164,7 @@ class LayerInputs:
         ints.advance(inner)
         wanted = patches_for(source.columns, self._patches)
         each = max(1, -(-wanted // max(len(self.samples), 1)))
-        total = Accumulator(source, each, rng, shifted=True)
+        total = Accumulator(source, each, rng, shifted=True, halves=True)
         pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
         if self._threads == 1:
             total.add_all(pairs)

@@ -14,7 +14,7 @@ import numpy as np
 from onnxq.encoding import Encoding
 from onnxq.kernels.annealing import objective
 from onnxq.kernels.rounding import gptq, inverse_factor, shrink
-from onnxq.kernels.scales import output_scales
+from onnxq.kernels.scales import output_scale, output_scales, searched_scales
 from onnxq.model import Layer
 from onnxq.patches import rows_of, weight_of
 from onnxq.second_order import SecondOrder, correct_bias, takes_bias
@@ -48,6 +48,7 @@ class Quadratic:
     qmin: int
     qmax: int
     per_tensor: bool
+    trust: float = 1.0
 
     @classmethod
     def of(cls, layer: Layer, statistics: SecondOrder) -> Quadratic:
@@ -58,42 +59,41 @@ class Quadratic:
         """
         encoding = layer.model.encodings[layer.weight_tensor.name]
         biased = takes_bias(layer)
-        moment = statistics.covariance if biased else statistics.moment
+        moment = _moment(statistics, biased)
         rows = np.ascontiguousarray(rows_of(layer), np.float32)
         linear = None
         noise = 0.0
+        trust = 1.0
+        apart = [_moment(half, biased) for half in statistics.halves or ()]
         if statistics.is_shifted:
-            cross = statistics.cross_covariance if biased else statistics.cross_moment
-            linear = np.matmul(rows.astype(np.float64), moment - cross)
+            linear = np.matmul(rows.astype(np.float64), _drift(statistics, biased))
+            trust = _trust(rows, statistics, biased)
+            linear *= trust
         else:
             x = layer.model.encodings.get(layer.x.name)
             noise = 0.0 if x is None else float(x.scale) ** 2 / 12
         gram = np.empty_like(moment)
         for g, h in enumerate(moment):
-            gram[g] = shrink(h, statistics.sampled)
+            gram[g] = shrink(h, statistics.sampled, *(a[g] for a in apart))
             ridge = noise + _RIDGE * float(np.trace(h)) / len(h) + 1e-30
             gram[g].flat[:: len(h) + 1] += ridge
         count = rows.shape[0] * rows.shape[1]
         scale = np.ascontiguousarray(np.broadcast_to(encoding.scale, count), np.float32)
         zero = np.ascontiguousarray(np.broadcast_to(encoding.zero_point, count), np.int32)
-        return cls(rows, gram, linear, scale, zero, encoding.qmin, encoding.qmax, encoding.axis is None)
+        return cls(rows, gram, linear, scale, zero, encoding.qmin, encoding.qmax, encoding.axis is None, trust)
 
     def with_scale(self, scale: np.ndarray) -> Quadratic:
         """The same with other scales, [G * R]."""
         return replace(self, scale=scale.astype(np.float32))
 
-    def best_scale(self) -> np.ndarray:
-        """The scale of least objective under nearest rounding, per row or for all, [G * R]."""
-        return output_scales(
-            self.rows,
-            self.zero,
-            self.qmin,
-            self.qmax,
-            self.gram,
-            self.linear,
-            base=self.scale,
-            per_tensor=self.per_tensor,
-        )
+    def best_scale(self, seed: int, threads: int) -> np.ndarray:
+        """Scales of least objective, found by short searches; one for all, or per row, [G * R]."""
+        given = (self.rows, self.zero, self.qmin, self.qmax, self.gram, self.linear)
+        if self.per_tensor:
+            one = output_scale(*given, base=float(self.scale[0]))
+            return np.full(self.scale.shape, one, np.float32)
+        around = output_scales(*given, base=self.scale)
+        return searched_scales(*given, around=around, seed=seed, threads=threads)
 
     @property
     def nearest(self) -> np.ndarray:
@@ -152,3 +152,39 @@ def settle(layer: Layer, rounded: np.ndarray, statistics: SecondOrder, scale: np
     if encoding.axis is not None:
         known = scale[: encoding.scale.size].reshape(encoding.scale.shape)
     layer.model.encodings[layer.weight_tensor.name] = replace(encoding, scale=known)
+
+
+def _moment(statistics: SecondOrder, biased: bool) -> np.ndarray:
+    """H, about the mean where a bias makes up for its shift, [G, K, K]."""
+    return statistics.covariance if biased else statistics.moment
+
+
+def _drift(statistics: SecondOrder, biased: bool) -> np.ndarray:
+    """H - C, [G, K, K]."""
+    if biased:
+        return statistics.covariance - statistics.cross_covariance
+    return statistics.moment - statistics.cross_moment
+
+
+def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:
+    """How much of g helps on samples that it was not computed from, from 0 to 1.
+
+    The move that g asks for, -g H^-1, is computed from each half of the samples, and scaled by
+    what serves the other half best.  Few samples show drifts that no others have.
+    """
+    if statistics.halves is None:
+        return 0.0
+    found = []
+    wide = rows.astype(np.float64)
+    for one, other in (statistics.halves, statistics.halves[::-1]):
+        here, there = _moment(one, biased), _moment(other, biased)
+        pull, test = (np.matmul(wide, _drift(half, biased)) for half in (one, other))
+        gain = cost = 0.0
+        for g, h in enumerate(here):
+            h = shrink(h, one.sampled, here[g], there[g])
+            h.flat[:: len(h) + 1] += _RIDGE * np.trace(h) / len(h) + 1e-30
+            move = -np.linalg.solve(h, pull[g].T).T
+            gain -= float(np.einsum("ok,ok->", move, test[g]))
+            cost += float(np.einsum("ok,ok->", move @ there[g], move))
+        found.append(gain / cost if cost > 0 else 0.0)
+    return float(np.clip(np.mean(found), 0.0, 1.0))

@@ -63,6 +63,8 @@ class SecondOrder:
         sampled_reference: E[x] over the sampled patches, float64 [G, K].
         scatter: Sum of (x' - mean)(x' - mean)^T over them, float64 [G, K, K].
         cross: Sum of (x - mean)(x' - mean)^T over them; the same array where x' is x.
+        halves: The statistics of every second sample, and of the others: how far they differ says
+            how far the whole can be trusted.  None where they were not kept apart.
     """
 
     count: int
@@ -73,6 +75,7 @@ class SecondOrder:
     sampled_reference: np.ndarray
     scatter: np.ndarray
     cross: np.ndarray
+    halves: tuple[SecondOrder, SecondOrder] | None = None
 
     @property
     def covariance(self) -> np.ndarray:
@@ -141,10 +144,17 @@ class Accumulator:
         patches: Patches to draw of each sample, about.
         rng: Draws their positions.
         shifted: Whether the float model's input is given, too, and differs.
+        halves: Whether to keep every second sample apart.
     """
 
     def __init__(
-        self, source: PatchSource, patches: int, rng: np.random.Generator, *, shifted: bool = False
+        self,
+        source: PatchSource,
+        patches: int,
+        rng: np.random.Generator,
+        *,
+        shifted: bool = False,
+        halves: bool = False,
     ) -> None:
         self._source = source
         self._patches = patches
@@ -153,10 +163,9 @@ class Accumulator:
         shape = (source.groups, source.columns)
         self._count = 0
         self._total, self._reference = np.zeros(shape), np.zeros(shape)
-        self._kept: list[tuple[np.ndarray, np.ndarray]] = []
-        self._rows = 0
-        self._most = max(1, _CHUNK // (4 * source.groups * source.columns))
-        self._sum: SecondOrder | None = None
+        most = max(1, _CHUNK // (4 * source.groups * source.columns))
+        self._parts = [_Part(shifted, most) for _ in range(1 + halves)]
+        self._seen = 0
 
     def add(self, x: np.ndarray, reference: np.ndarray | None = None) -> None:
         """Take in one sample.
@@ -178,10 +187,8 @@ class Accumulator:
             self._count += positions
             self._total += totals[0]
             self._reference += totals[1]
-            self._kept.append(drawn)
-            self._rows += len(drawn[0])
-            if self._rows >= self._most:
-                self._reduce()
+            self._parts[self._seen % len(self._parts)].add(drawn)
+            self._seen += 1
 
     def _picked(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[_Picked]:
         for x, reference in pairs:
@@ -203,10 +210,12 @@ class Accumulator:
         Raises:
             CalibrationError: A value was not finite.
         """
-        self._reduce()
-        if self._sum is None or not self._count:
+        parts = [part.result() for part in self._parts]
+        known = [part for part in parts if part is not None]
+        if not known or not self._count:
             return None
-        found = self._sum
+        found = known[0] if len(known) == 1 else known[0].merge(known[1])
+        found.halves = (known[0], known[1]) if len(known) == 2 else None
         found.count = self._count
         found.mean = self._total / self._count
         found.reference_mean = self._reference / self._count if self._shifted else found.mean
@@ -218,8 +227,28 @@ class Accumulator:
             )
         return found
 
+
+class _Part:
+    """Patches of some of the samples, multiplied whenever enough have come together."""
+
+    def __init__(self, shifted: bool, most: int) -> None:
+        self._shifted = shifted
+        self._most = most
+        self._kept: list[_Pair] = []
+        self._rows = 0
+        self._sum: SecondOrder | None = None
+
+    def add(self, drawn: _Pair) -> None:
+        self._kept.append(drawn)
+        self._rows += len(drawn[0])
+        if self._rows >= self._most:
+            self._reduce()
+
+    def result(self) -> SecondOrder | None:
+        self._reduce()
+        return self._sum
+
     def _reduce(self) -> None:
-        """Multiply what was drawn since the last time."""
         if not self._rows:
             return
         x = np.concatenate([a for a, _ in self._kept])

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxq.checkpoint import Checkpoint, fingerprint
 from onnxq.errors import RecipeError
-from onnxq.kernels.annealing import anneal
+from onnxq.kernels.annealing import anneal, usual_sweeps
 from onnxq.kernels.relaxation import Relaxation, relax
 from onnxq.kernels.scales import output_scales
 from onnxq.layer_inputs import LayerInputs, statistics_bytes
@@ -25,8 +25,8 @@ from onnxq.version import __version__
 
 __all__ = ["AdaRound"]
 
-# Sweeps are never more than so many times what was asked for, however much time there is.
-MOST_SWEEPS = 8
+# The search takes no less than this, and no more than so many times what was asked for.
+LEAST_EFFORT, MOST_EFFORT = 0.01, 8
 _MB = 1 << 20
 
 
@@ -66,7 +66,8 @@ class AdaRound:
             given.
         samples: Use at most so many calibration samples, spread evenly; 0 uses all.
         patches: Patches drawn per layer, about; fewer where they are short.
-        sweeps: Moves that annealing tries per weight.
+        effort: Moves of the annealing, as a multiple of a number that takes about 2 us per weight
+            on one core.
         iterations: Steps of the relaxation.
         memory_mb: Megabytes that activations and statistics may take each; where more would be
             needed, fewer samples are used.
@@ -81,14 +82,16 @@ class AdaRound:
     scales: Literal["output-error", "given"] = "output-error"
     samples: int = 0
     patches: int = 16384
-    sweeps: int = 400
+    effort: float = 1.0
     iterations: int = 10_000
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("patches", "sweeps", "iterations", "memory_mb"):
+        for name in ("patches", "iterations", "memory_mb"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name}: wanted at least 1, got {getattr(self, name)}")
+        if not self.effort > 0:
+            raise RecipeError(f"effort: wanted more than 0, got {self.effort}")
         if self.samples < 0:
             raise RecipeError(f"samples: wanted 0 or more, got {self.samples}")
 
@@ -115,7 +118,7 @@ class AdaRound:
         if ctx.resume is not None:
             key = fingerprint(model, __version__, options(self), ctx.seed, inputs.digest())
             checkpoint = Checkpoint(ctx.resume, key)
-        clock = _Clock(layers, ctx.deadline, self.sweeps)
+        clock = _Clock(layers, ctx.deadline, self.effort)
         kept = done = 0
         size = sum(layer.weight.size for layer in layers)
         try:
@@ -175,25 +178,26 @@ class AdaRound:
         if statistics is None:
             return "no sample reached it"
         problem = Quadratic.of(layer, statistics)
+        start = int(np.random.default_rng(seed).integers(2**31))
         threads = min(ctx.threads, cores()) or cores()
         if self.scales == "output-error":
-            problem = problem.with_scale(problem.best_scale())
-        with clock.searching(index) as sweeps:
-            rounded = self._search(problem, sweeps, seed, threads)
+            problem = problem.with_scale(problem.best_scale(start, threads))
+        with clock.searching(index) as effort:
+            rounded = self._search(problem, effort, start, threads)
         settle(layer, rounded, statistics, problem.scale)
         return None
 
     def _search(
-        self, problem: Quadratic, sweeps: int, seed: Sequence[int], threads: int
+        self, problem: Quadratic, effort: float, seed: int, threads: int
     ) -> np.ndarray:
         """The best rounding that the solver finds, [G, R, K]."""
         given = (problem.rows, problem.scale, problem.zero, problem.qmin, problem.qmax)
         if self.solver == "relaxation":
             options = Relaxation(iterations=self.iterations)
             return relax(*given, problem.gram, problem.linear, options=options, threads=threads)
-        start = int(np.random.default_rng(seed).integers(2**31))
+        sweeps = effort * usual_sweeps(problem.rows.shape[-1])
         return anneal(
-            *given, problem.gram, problem.linear, sweeps=sweeps, seed=start, threads=threads
+            *given, problem.gram, problem.linear, sweeps=sweeps, seed=seed, threads=threads
         )
 
 
@@ -203,19 +207,14 @@ class _Clock:
     Args:
         layers: All that are to be done.
         deadline: When the time is up, by `time.monotonic`; None: never.
-        sweeps: Sweeps per layer where time does not matter.
+        effort: Of the search where time does not matter.
     """
 
-    def __init__(self, layers: Sequence[Layer], deadline: float | None, sweeps: int) -> None:
-        sources = [PatchSource.of(layer) for layer in layers]
-        # a move costs its trial, and once in a while a row of H
-        self._works = [
-            layer.weight.size * (8.0 + source.columns / 16)
-            for layer, source in zip(layers, sources, strict=True)
-        ]
+    def __init__(self, layers: Sequence[Layer], deadline: float | None, effort: float) -> None:
+        self._sizes = [layer.weight.size for layer in layers]
         self._deadline = deadline
-        self._sweeps = sweeps
-        self._searched = self._spent = 0.0  # work and seconds so far
+        self._effort = effort
+        self._searched = self._spent = 0.0  # weights times effort, and seconds, so far
         self._begun = time.monotonic()
         self._done = 0
 
@@ -225,21 +224,20 @@ class _Clock:
         return self._deadline is not None and time.monotonic() >= self._deadline
 
     @contextmanager
-    def searching(self, index: int) -> Iterator[int]:
-        """Give the sweeps that one layer may take, and learn from how long they do."""
-        sweeps = self._affordable(index)
+    def searching(self, index: int) -> Iterator[float]:
+        """Give the effort that one layer may take, and learn from how long that does."""
+        effort = self._affordable(index)
         start = time.monotonic()
-        yield sweeps
-        self._spent += time.monotonic() - start
-        self._searched += sweeps * self._works[index]
+        yield effort
+        self._spent += max(time.monotonic() - start, 1e-6)
+        self._searched += effort * self._sizes[index]
         self._done += 1
 
-    def _affordable(self, index: int) -> int:
+    def _affordable(self, index: int) -> float:
         if self._deadline is None or not self._done:
-            return self._sweeps
+            return self._effort
         now = time.monotonic()
         aside = (now - self._begun - self._spent) / self._done  # per layer, for its statistics
-        left = self._deadline - now - aside * (len(self._works) - index - 1)
-        share = left * self._works[index] / sum(self._works[index:])
-        rate = self._spent / self._searched
-        return int(np.clip(share / (rate * self._works[index]), 1, MOST_SWEEPS * self._sweeps))
+        left = self._deadline - now - aside * (len(self._sizes) - index - 1)
+        share = left * self._searched / (self._spent * sum(self._sizes[index:]))
+        return float(np.clip(share, LEAST_EFFORT, MOST_EFFORT * self._effort))
