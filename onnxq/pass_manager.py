@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 
 from onnxq import reductions
+from onnxq.blocked import any_order
 from onnxq.calibration import Calibration, Samples
 from onnxq.errors import CalibrationError, OnnxqError, PassError, RecipeError
 from onnxq.kernels._jit import announced
@@ -239,7 +240,8 @@ class Context:
             if fresh and _holds(statistics, names, channels):
                 return statistics
         # one thread a session: whole samples side by side beat threads inside of operators
-        session = Session(model.to_proto(names), threads=1)
+        free = {*names} - {*channels}
+        session = any_order(model.to_proto(names), free, threads=1)
         samples = self._bind(session)
         with self.progress.task("calibrate", samples.length) as advance:
             statistics = observe(
