@@ -15,7 +15,7 @@ from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, class_scores, widened
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
-from onnxq.kernels.observe import tally
+from onnxq.kernels.observe import moments, tally
 from onnxq.model import Layer, Model, consumers, producer
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, place
@@ -360,9 +360,9 @@ class _Activations:
             return {}
         for feed in ctx.samples(model):
             for name, total in weights.items():
-                power = float(np.square(feed[name], dtype=np.float64).mean())
-                if power > 0:
-                    total += tally(feed[name], edges[name]) / (feed[name].size * power)
+                seen = moments(feed[name])
+                if seen.squares > 0 and not seen.strange:
+                    total += tally(feed[name], edges[name]) / seen.squares
         return {
             n: gate_range(
                 (e[1:] + e[:-1]) / 2, weights[n], e[0], e[-1], _same, 1 << self.format.bits
