@@ -58,6 +58,9 @@ class InsertQDQ:
 
            Q -> DQ(per channel)     =>     Q -> Reshape -> DQ(per channel) -> Reshape
 
+    10. A float Concat of what is on its grid already and of the rest is joined in integers, and a
+        power of two by which a part is magnified becomes the scale of its Q.
+
     Nothing is written around nodes that stay in float.
 
     Source: ONNX operator specification; onnxruntime's qdq_selectors.cc.
@@ -249,7 +252,7 @@ class _Writer:
         if encoding.axis is not None:  # the layer gives integers already, see _scaled
             unit = np.ones((), np.float32), np.zeros((), np.int32)
             q_grid = self._grid(f"{tensor.name}_unit", Encoding(encoding.dtype, *unit))
-        elif scales is not None and len(readers) == len(consumers(tensor)):
+        elif scales is not None and not everyone and len(readers) == len(consumers(tensor)):
             raw, q_axis = tensor.inputs[0].inputs[0], 1
             self._flat.add(tensor.name)
             zero = np.broadcast_to(encoding.zero_point, scales.shape)
@@ -258,7 +261,12 @@ class _Writer:
         integers = self.model.variable(
             f"{tensor.name}_QuantizeLinear_Output", np.dtype(encoding.dtype), tensor.shape
         )
-        self._convert("QuantizeLinear", tensor.name, [raw, *q_grid], integers, q_axis)
+        parts = [] if everyone else self._parts(tensor, encoding)
+        if parts:
+            attrs = tensor.inputs[0].attrs
+            self._add("Concat", f"{tensor.name}_quantized", parts, integers, dict(attrs))
+        else:
+            self._convert("QuantizeLinear", tensor.name, [raw, *q_grid], integers, q_axis)
         self._integers[tensor.name] = integers
         self._give(tensor, integers, grid, readers, encoding.axis, output=output)
 
@@ -283,6 +291,38 @@ class _Writer:
         if output:
             name = f"{tensor.name}_output"
             self._convert("DequantizeLinear", name, [integers, *grid], tensor, axis)
+
+    def _parts(self, tensor: gs.Tensor, encoding: Encoding) -> list[gs.Tensor]:
+        """The integers of each part of a float Concat; none if no part is on the grid already."""
+        node = producer(tensor)
+        if node is None or node.op != "Concat":
+            return []
+        known = [self._on_grid(producer(t), encoding) for t in node.inputs]
+        if all(k is None for k in known):
+            return []
+        pairs = zip(node.inputs, known, strict=True)
+        return [self._part(t, encoding) if k is None else k for t, k in pairs]
+
+    def _on_grid(self, node: gs.Node | None, encoding: Encoding) -> gs.Tensor | None:
+        """The integers that a node dequantizes by this encoding; None if it does something else."""
+        if node is None or node.op != "DequantizeLinear" or len(node.inputs) < 3:
+            return None
+        integers, scale, zero = node.inputs
+        if not isinstance(scale, gs.Constant) or not isinstance(zero, gs.Constant):
+            return None
+        grid = self.model.array(scale), self.model.array(zero)
+        wanted = encoding.scale, encoding.zero_point
+        same = zero.dtype == encoding.dtype and all(map(np.array_equal, grid, wanted))
+        return integers if same else None
+
+    def _part(self, tensor: gs.Tensor, encoding: Encoding) -> gs.Tensor:
+        """Q of a part; a power of two that it is multiplied by goes into the scale."""
+        source, factor = _unmagnified(self.model, tensor)
+        finer = Encoding(encoding.dtype, encoding.scale / factor, encoding.zero_point)
+        name, dtype = f"{tensor.name}_part", np.dtype(encoding.dtype)
+        integers = self.model.variable(f"{name}_QuantizeLinear_Output", dtype, tensor.shape)
+        self._add("QuantizeLinear", name, [source, *self._grid(name, finer)], integers)
+        return integers
 
     def _renamed(self, tensor: gs.Tensor) -> gs.Variable:
         """Move the producer to another name, so that the output's name is free for the DQ."""
@@ -393,3 +433,13 @@ class _Writer:
     ) -> None:
         node = gs.Node(op, f"{name}_{op}", attrs or {}, inputs, [output])
         self.added.append(node)
+
+
+def _unmagnified(model: Model, tensor: gs.Tensor) -> tuple[gs.Tensor, np.float32]:
+    """What a tensor is a power of two times of, and that power."""
+    node = producer(tensor)
+    if node is not None and node.op == "Mul" and isinstance(node.inputs[1], gs.Constant):
+        factor = model.array(node.inputs[1])
+        if factor.shape == () and factor > 0 and np.frexp(factor)[0] == 0.5:
+            return node.inputs[0], np.float32(factor)
+    return tensor, np.float32(1)

@@ -441,6 +441,30 @@ def test_a_float_reader_of_an_evened_gate_keeps_the_product():
     assert ops(after).count("Mul") == 2
 
 
+def test_a_float_join_takes_only_what_is_on_its_own_grid():
+    """A part that is dequantized by another scale is quantized again."""
+    text = (
+        f"{X} <float[5,8,1,1] w, float s, float u, uint8 z> {{ q = QuantizeLinear(x, s, z)"
+        " d = DequantizeLinear(q, GRID, z) r = Sub(x, d) e = Erf(r) j = Concat<axis=1>(d, e)"
+        " y = Conv(j, w) }"
+    )
+    for grid, op in (("s", "Concat"), ("u", Q)):
+        proto = parse(text.replace("GRID", grid), s=0.05, u=0.02, z=128)
+        model = load(proto)
+        Calibrate(method="minmax", exclude=("Concat",)).apply(model, Context(samples(proto)))
+        scale, zero = np.float32(0.05), np.int32(128)
+        model.encodings.replace({**model.encodings, "j": Encoding("uint8", scale, zero)})
+        floats = model.to_proto(["j"])
+        wanted = [model.encodings["j"].quantize(run(floats, feed)["j"]) for feed in samples(proto)]
+        InsertQDQ().apply(model, Context())
+        (conv,) = (n for n in model.graph.nodes if n.op == "Conv")
+        integers = conv.inputs[0].inputs[0].inputs[0]
+        assert integers.inputs[0].op == op
+        exposed = model.to_proto([integers.name])
+        for feed, array in zip(samples(proto), wanted, strict=True):
+            np.testing.assert_array_equal(run(exposed, feed)[integers.name], array)
+
+
 def test_channels_of_very_different_sizes_keep_their_precision_at_an_exit():
     text = (
         "g (float[N,3,6,6] x) => (float[] y) <float[4,3,3,3] w, float[4] b> { y = Conv(x, w, b) }"
