@@ -9,6 +9,7 @@ import numpy as np
 
 __all__ = [
     "ACTIVATIONS",
+    "FUNCTIONS",
     "LAYERS",
     "LayerOp",
     "Window",
@@ -46,6 +47,16 @@ LAYERS = {
 
 # Element-wise functions that an integer operator before them takes over by saturation.
 ACTIVATIONS = frozenset({"Relu", "Clip"})
+
+# Functions of each value of their first input alone; further inputs are parameters.
+FUNCTIONS = frozenset(
+    {
+        *("Abs", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu"),
+        *("HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "PRelu", "Reciprocal"),
+        *("Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt"),
+        *("Tanh", "ThresholdedRelu"),
+    }
+)
 
 # Operators whose output values are all taken from their first input.
 _MOVEMENT = frozenset(

@@ -49,6 +49,9 @@ description = "int8 near the accuracy of float: least-error ranges, rounding by 
 name = "clean"
 
 [[pass]]
+name = "space-to-depth"
+
+[[pass]]
 name = "fold-batch-norm"
 
 [[pass]]
@@ -75,6 +78,9 @@ description = "For targets with one scale per weight: channels are evened out fi
 
 [[pass]]
 name = "clean"
+
+[[pass]]
+name = "space-to-depth"
 
 [[pass]]
 name = "fold-batch-norm"
@@ -110,6 +116,9 @@ description = "Without samples: equalize, absorb, ranges from batch normalizatio
 
 [[pass]]
 name = "clean"
+
+[[pass]]
+name = "space-to-depth"
 
 [[pass]]
 name = "fold-batch-norm"
