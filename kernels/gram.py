@@ -23,9 +23,7 @@ def add_outer_products(
         other: float32 [G, K].
         out: float32 [G, K, K].
     """
-    _add_outer_products(
-        read_only(a), read_only(b), read_only(centre), read_only(other), out
-    )
+    _add_outer_products(read_only(a), read_only(b), read_only(centre), read_only(other), out)
 
 
 @kernel

@@ -38,7 +38,7 @@ MIN_EXPONENT = -126
 _MAX_INDEX = 1 << 24
 _LEAST = 2.0**-200  # below every float32
 
-_BLOCK = 2048  # values; with their bin numbers and all counters 24 KiB
+_BLOCK = 1024  # values; with their bin numbers and all counters 16 KiB
 _SPARE = 16  # bins that take the zeros
 _FLUSH = 1 << 30  # values after which the counters, of 32 bits, are emptied
 _CONVERT = 1 << 16  # values converted to float32 at a time

@@ -14,6 +14,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnxq.channels import ChannelWalk, Flow, broadcasts
 from onnxq.errors import ModelError
 from onnxq.model import Layer, Model
+from onnxq.ops import FUNCTIONS
 from onnxq.runtime import Session
 
 __all__ = ["DeadChannels", "LayerChannels", "find_dead_channels"]
@@ -71,15 +72,6 @@ def find_dead_channels(model: Model) -> DeadChannels:
 
 # Leave a constant as it is.
 _STILL = frozenset({"GlobalAveragePool", "GlobalMaxPool", "Identity", "MaxPool"})
-# Functions of each value alone; further inputs are parameters.
-_FUNCTIONS = frozenset(
-    {
-        *("Abs", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu"),
-        *("HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "PRelu", "Reciprocal"),
-        *("Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt"),
-        *("Tanh", "ThresholdedRelu"),
-    }
-)
 _COMBINING = frozenset({"Add", "Div", "Max", "Min", "Pow", "Sub", "Sum"})
 
 
@@ -100,7 +92,7 @@ class _Finder(ChannelWalk):
             "Pad": self._padding,
             "ReduceSum": partial(self._only_zeros, self._reduce),
             **dict.fromkeys(_COMBINING, self._combine),
-            **dict.fromkeys(_FUNCTIONS, self._function),
+            **dict.fromkeys(FUNCTIONS, self._function),
             **dict.fromkeys(_STILL, self.plain),
         }
 

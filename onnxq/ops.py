@@ -9,6 +9,7 @@ import numpy as np
 
 __all__ = [
     "ACTIVATIONS",
+    "FUNCTIONS",
     "LAYERS",
     "LayerOp",
     "Window",
@@ -47,6 +48,16 @@ LAYERS = {
 
 # Element-wise functions that an integer operator before them takes over by saturation.
 ACTIVATIONS = frozenset({"Relu", "Clip"})
+
+# Functions of each value of their first input alone; further inputs are parameters.
+FUNCTIONS = frozenset(
+    {
+        *("Abs", "Ceil", "Celu", "Clip", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu"),
+        *("HardSigmoid", "HardSwish", "LeakyRelu", "Log", "Mish", "Neg", "PRelu", "Reciprocal"),
+        *("Relu", "Round", "Selu", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign", "Sqrt"),
+        *("Tanh", "ThresholdedRelu"),
+    }
+)
 
 # Operators whose output values are all taken from their first input.
 _MOVEMENT = frozenset(
@@ -184,9 +195,7 @@ def conv_transpose_window(
     extra = list(attrs.get("output_padding") or [0] * rank)
     shape = list(attrs.get("output_shape") or [])[-rank:]
     extent = [d * (k - 1) + 1 for k, d in zip(size, dilations, strict=True)]
-    full = [
-        (n - 1) * s + x + o for n, s, x, o in zip(spatial, strides, extent, extra, strict=True)
-    ]
+    full = [(n - 1) * s + x + o for n, s, x, o in zip(spatial, strides, extent, extra, strict=True)]
     auto = attrs.get("auto_pad", "NOTSET")
     if auto in ("SAME_UPPER", "SAME_LOWER") and not shape:
         shape = [n * s for n, s in zip(spatial, strides, strict=True)]
@@ -194,7 +203,11 @@ def conv_transpose_window(
         total = [max(0, f - n) for f, n in zip(full, shape, strict=True)]
         begin = [t // 2 if auto == "SAME_UPPER" else t - t // 2 for t in total]
     else:
-        total = [0] * rank if auto == "VALID" else [a + b for a, b in zip(pads[:rank], pads[rank:], strict=True)]
+        total = (
+            [0] * rank
+            if auto == "VALID"
+            else [a + b for a, b in zip(pads[:rank], pads[rank:], strict=True)]
+        )
         begin = [0] * rank if auto == "VALID" else pads[:rank]
         shape = [f - t for f, t in zip(full, total, strict=True)]
     return Window(

@@ -27,6 +27,7 @@ __all__ = [
     "Placement",
     "data_inputs",
     "gate_factor",
+    "gate_scales",
     "integer_nodes",
     "match_nodes",
     "place",
@@ -123,16 +124,24 @@ def gate_factor(node: gs.Node) -> int | None:
     return None
 
 
-def evens_gate(node: gs.Node) -> bool:
-    """Whether the node is the product x * t in a gate (x * t) * f(x), t constant."""
-    readers = consumers(node.outputs[0])
-    if node.op != "Mul" or [r.op for r in readers] != ["Mul"]:
-        return False
-    gates = [producer(t) for t in readers[0].inputs]
-    return any(
-        g is not None and g.op in GATES and any(g.inputs[0] is t for t in node.inputs)
-        for g in gates
-    )
+def gate_scales(model: Model, node: gs.Node | None) -> np.ndarray | None:
+    """The powers of two by which a node scales the channels of a gate x * f(x), [C].
+
+    None if it does something else.
+    """
+    if node is None or node.op != "Mul" or len(node.inputs) != 2:
+        return None
+    y, constant = node.inputs
+    gate = producer(y)
+    if not isinstance(constant, gs.Constant) or gate is None or gate_factor(gate) is None:
+        return None
+    shape = tuple(constant.shape)
+    if y.shape is None or len(shape) != len(y.shape) - 1 or shape[1:] != (1,) * (len(shape) - 1):
+        return None
+    scales: np.ndarray = model.array(constant).reshape(-1)
+    if shape[0] != y.shape[1] or scales.dtype != np.float32 or (scales <= 0).any():
+        return None
+    return scales if (np.frexp(scales)[0] == 0.5).all() else None
 
 
 class Ends:
@@ -279,7 +288,7 @@ class _Placer:
         if kernel.role == "layer":
             return self._unfit_layer(node)
         if kernel.role == "elementwise" and any(not _varies(t) for t in data):
-            if evens_gate(node):
+            if gate_scales(self.model, node) is not None:
                 return "with one scale for all it could not even out the channels of its gate"
             if any(self._wide(t) for t in data if not _varies(t)):
                 return "one scale for its constant would round the small values away"

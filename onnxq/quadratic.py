@@ -80,7 +80,17 @@ class Quadratic:
         count = rows.shape[0] * rows.shape[1]
         scale = np.ascontiguousarray(np.broadcast_to(encoding.scale, count), np.float32)
         zero = np.ascontiguousarray(np.broadcast_to(encoding.zero_point, count), np.int32)
-        return cls(rows, gram, linear, scale, zero, encoding.qmin, encoding.qmax, encoding.axis is None, trust)
+        return cls(
+            rows,
+            gram,
+            linear,
+            scale,
+            zero,
+            encoding.qmin,
+            encoding.qmax,
+            encoding.axis is None,
+            trust,
+        )
 
     def with_scale(self, scale: np.ndarray) -> Quadratic:
         """The same with other scales, [G * R]."""

@@ -49,6 +49,9 @@ description = "int8 near the accuracy of float: least-error ranges, rounding by 
 name = "clean"
 
 [[pass]]
+name = "space-to-depth"
+
+[[pass]]
 name = "fold-batch-norm"
 
 [[pass]]
@@ -105,6 +108,9 @@ description = "For targets with one scale per weight: channels are evened out fi
 name = "clean"
 
 [[pass]]
+name = "space-to-depth"
+
+[[pass]]
 name = "fold-batch-norm"
 standalone = "conv"
 
@@ -138,6 +144,9 @@ description = "Without samples: equalize, absorb, ranges from batch normalizatio
 
 [[pass]]
 name = "clean"
+
+[[pass]]
+name = "space-to-depth"
 
 [[pass]]
 name = "fold-batch-norm"

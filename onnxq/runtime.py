@@ -22,7 +22,7 @@ from onnxq.errors import CalibrationError, ModelError, OnnxqError
 from onnxq.model_io import TWO_GB, serialized_size
 from onnxq.signature import TensorSpec
 
-__all__ = ["Level", "Session", "cores", "versions"]
+__all__ = ["EXTERNAL_FOLDER", "Level", "Session", "cores", "versions"]
 
 Level = Literal["disabled", "basic", "extended", "all"]
 
@@ -43,7 +43,8 @@ _DTYPES |= {
     )
 }
 
-_FOLDER = "session.model_external_initializers_file_folder_path"
+# The session configuration entry: where external data of a serialized model lies
+EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
 # A place in onnxruntime's source: file and line, then the name or the whole signature of a function
 _SOURCE = re.compile(
     r"(?:/\S*/)?\w+\.(?:cc|h):\d+ "
@@ -106,7 +107,7 @@ class Session:
             if self._where is not None and isinstance(source, bytes):
                 # bytes do not say where their external data lies
                 folder = os.path.dirname(os.path.abspath(self._where))
-                options.add_session_config_entry(_FOLDER, folder)
+                options.add_session_config_entry(EXTERNAL_FOLDER, folder)
         self._session = self._load(source, options)
         nodes = {o.name: o for o in self._session.get_outputs()}
         self._names = list(dict.fromkeys(nodes if outputs is None else outputs))

@@ -401,9 +401,7 @@ def _inputs(
         progress(1)
 
 
-def _by_layer(
-    layers: Sequence[Layer], found: Mapping[PatchSource, _T | None]
-) -> dict[str, _T]:
+def _by_layer(layers: Sequence[Layer], found: Mapping[PatchSource, _T | None]) -> dict[str, _T]:
     results = ((layer.name, found[PatchSource.of(layer)]) for layer in layers)
     return {name: result for name, result in results if result is not None}
 

@@ -52,9 +52,7 @@ def _round_constants(model: Model, kernels: Mapping[int, Kernel]) -> None:
                 tensor.values = model.encodings[tensor.name].fake_quantize(values)
 
 
-def _activations(
-    model: Model, kernels: Mapping[int, Kernel]
-) -> dict[str, tuple[gs.Tensor, bool]]:
+def _activations(model: Model, kernels: Mapping[int, Kernel]) -> dict[str, tuple[gs.Tensor, bool]]:
     """What integer nodes read and write, and whether all readers see it rounded, by name."""
     ends = Ends(model, model.encodings.float_nodes)
     found: dict[str, tuple[gs.Tensor, bool]] = {}
@@ -102,9 +100,7 @@ def _round_trip(
     attrs = {} if encoding.axis is None else {"axis": encoding.axis}
     return [
         gs.Node("QuantizeLinear", f"{name}.quantize", attrs, [tensor, *grid], [integers]),
-        gs.Node(
-            "DequantizeLinear", f"{name}.dequantize", attrs, [integers, *grid], [rounded]
-        ),
+        gs.Node("DequantizeLinear", f"{name}.dequantize", attrs, [integers, *grid], [rounded]),
     ]
 
 

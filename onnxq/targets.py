@@ -178,7 +178,9 @@ TARGETS = {
         summary="ONNX Runtime's CPU execution provider, desktop, server and mobile",
         kernels=_ORT_KERNELS,
         activations=("uint8", "int8"),
-        pairs=frozenset({("uint8", "int4"), ("uint8", "int8"), ("uint8", "uint8"), ("int8", "int8")}),
+        pairs=frozenset(
+            {("uint8", "int4"), ("uint8", "int8"), ("uint8", "uint8"), ("int8", "int8")}
+        ),
         source="onnxruntime 1.32, qdq_selectors.cc and probes of its optimized graphs",
         stored="packed",
         weight_only=frozenset({"MatMul", "Gemm"}),

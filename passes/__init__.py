@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
     from onnxq.passes.residual_input import ResidualInput
+    from onnxq.passes.space_to_depth import SpaceToDepth
 
 __all__ = [
     "GPTQ",
@@ -38,11 +39,13 @@ __all__ = [
     "InsertQDQ",
     "LoadEncodings",
     "ResidualInput",
+    "SpaceToDepth",
 ]
 
 # name in recipes and on the command line -> where the class is
 PASSES = {
     "clean": "onnxq.passes.clean:Clean",
+    "space-to-depth": "onnxq.passes.space_to_depth:SpaceToDepth",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
     "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",

@@ -187,9 +187,7 @@ class AdaRound:
         settle(layer, rounded, statistics, problem.scale)
         return None
 
-    def _search(
-        self, problem: Quadratic, effort: float, seed: int, threads: int
-    ) -> np.ndarray:
+    def _search(self, problem: Quadratic, effort: float, seed: int, threads: int) -> np.ndarray:
         """The best rounding that the solver finds, [G, R, K]."""
         given = (problem.rows, problem.scale, problem.zero, problem.qmin, problem.qmax)
         if self.solver == "relaxation":

@@ -8,29 +8,30 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.model import Layer, Model, consumers
+from onnxq.model import Layer, Model, consumers, rewire
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import gate_factor
+from onnxq.placement import gate_factor, gate_scales
 
 __all__ = ["GateEqualization"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateEqualization:
-    r"""Scale channels at a gate and take the scale back in the weights that follow.
+    r"""Scale channels behind a gate and take the scale back in the weights that follow.
 
     A gate y = x * f(x), such as SiLU, is not homogeneous, so weights before it cannot be scaled as
-    cross-layer equalization does.  But its factor x can, after f has read it::
+    cross-layer equalization does.  But its result can::
 
         Conv -> x --> Sigmoid --> Mul -> y -> Conv(W)
                  \______________/
 
-        Conv -> x --> Sigmoid ----------> Mul -> y' -> Conv(W / t)
-                 \__ Mul(t per channel) __/
+        Conv -> x --> Sigmoid --> Mul -> y -> Mul(t per channel) -> y' -> Conv(W / t)
+                 \______________/
 
-    with t a power of two per channel, so that the float function stays the same to the bit.  The
-    gate then runs in float, which lets x have a scale per channel, too.  That costs time, so it is
-    done only where at least a tenth of the channels would otherwise get `levels` steps or fewer.
+    with t a power of two per channel, so that the float function stays the same to the bit, and
+    quantizing y' takes the product over.  The gate then runs in float, which lets x have a scale
+    per channel, too.  That costs time, so it is done only where at least a tenth of the channels
+    would otherwise get `levels` steps or fewer.
 
     Refused: gates whose result something else than convolutions reads, shared weights.
 
@@ -40,7 +41,7 @@ class GateEqualization:
             little there.
         largest: Greatest scale.
 
-    Source: the equalization of Nagel et al. 2019 (arXiv 1906.04721), moved to the gate's factor.
+    Source: the equalization of Nagel et al. 2019 (arXiv 1906.04721), moved behind the gate.
     """
 
     name: ClassVar[str] = "gate-equalization"
@@ -52,7 +53,12 @@ class GateEqualization:
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Insert the scales and divide the weights by them."""
         changes = Changes()
-        gates = {n.outputs[0].name: n for n in model.graph.nodes if gate_factor(n) is not None}
+        gates = {
+            n.outputs[0].name: n
+            for n in model.graph.nodes
+            if gate_factor(n) is not None
+            and all(gate_scales(model, r) is None for r in consumers(n.outputs[0]))
+        }
         if not gates:
             return changes
         model.infer()
@@ -100,12 +106,10 @@ class GateEqualization:
 
 
 def _scaled(model: Model, node: gs.Node, scale: np.ndarray) -> gs.Node:
-    """A Mul by the scales before the factor of a gate."""
-    index = gate_factor(node)
-    assert index is not None
-    factor = node.inputs[index]
-    rank = len(node.outputs[0].shape)
-    constant = model.constant(f"{node.name}_scale", scale.reshape(-1, *[1] * (rank - 2)))
-    result = model.variable(f"{factor.name}_scaled", factor.dtype, factor.shape)
-    node.inputs[index] = result
-    return gs.Node("Mul", f"{node.name}_equalize", {}, [factor, constant], [result])
+    """A Mul by the scales between a gate and its readers."""
+    y = node.outputs[0]
+    constant = model.constant(f"{node.name}_scale", scale.reshape(-1, *[1] * (len(y.shape) - 2)))
+    result = model.variable(f"{y.name}_scaled", y.dtype, y.shape)
+    for reader in consumers(y):
+        rewire(reader, y, result)
+    return gs.Node("Mul", f"{node.name}_equalize", {}, [y, constant], [result])

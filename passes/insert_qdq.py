@@ -12,13 +12,16 @@ import onnx_graphsurgeon as gs
 from onnxq.encoding import Encoding
 from onnxq.errors import ModelError
 from onnxq.model import Layer, Model, consumers, producer, rewire
-from onnxq.ops import bias_input
+from onnxq.ops import FUNCTIONS, bias_input
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import Ends, data_inputs, integer_nodes
+from onnxq.placement import Ends, data_inputs, gate_scales, integer_nodes
 from onnxq.targets import Kernel, Storage
 from onnxq.weight_only import weight_only, write
 
 __all__ = ["InsertQDQ"]
+
+# What may stand, in float, between integers.
+ISLAND = FUNCTIONS | {"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +50,32 @@ class InsertQDQ:
            Conv(b) -> Relu -> Min(m)     =>     Conv(b + d) -> Q -> DQ -> Add(-d) -> Q -> DQ
                                                 d = end of the grid - m, in whole steps
 
-    8. Weights of 4 bits and fewer are packed, half a byte each.  Where they meet integers they are
-       unpacked to int8, which the runtime does once, as it loads the model::
+    8. Powers of two per channel that even out a gate become the scales of Q::
 
-           W: int4 -> Cast(int8) -> DQ -> Conv
+           y -> Mul(t) -> Q(s) -> DQ(s)     =>     y -> Q(s / t per channel) -> DQ(s)
 
-    9. A weight that has an encoding, while the input of its layer has none, is all that is written:
-       the runtime multiplies it by floats.  A Gemm's weight is turned to K x N for that::
+    9. Where floats become integers again, Q and DQ per channel stand between reshapes to [N, C, L].
+       onnxruntime would turn [N, C, H, W] channels-last, where they take ten times as long; and
+       it gives each reader a DQ of its own, which would part the factors of a gate, or fuses it
+       where its kernel wants a single scale::
 
-           W: int4 -> DQ(block_size) -> MatMul, Gemm
+           Q -> DQ(per channel)     =>     Q -> Reshape -> DQ(per channel) -> Reshape
 
-       A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime fuses
-       no weight before a Relu or Clip.
+    10. A float Concat of what is on its grid already and of the rest is joined in integers, and a
+        power of two by which a part is magnified becomes the scale of its Q.
+
+    11. Weights of 4 bits and fewer are packed, half a byte each.  Where they meet integers they are
+        unpacked to int8, which the runtime does once, as it loads the model::
+
+            W: int4 -> Cast(int8) -> DQ -> Conv
+
+    12. A weight that has an encoding, while the input of its layer has none, is all that is written:
+        the runtime multiplies it by floats.  A Gemm's weight is turned to K x N for that::
+
+            W: int4 -> DQ(block_size) -> MatMul, Gemm
+
+        A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime fuses
+        no weight before a Relu or Clip.
 
     Nothing is written around nodes that stay in float.
 
@@ -166,6 +183,12 @@ class _Writer:
         self.added: list[gs.Node] = []
         self.pairs = 0
         self._integers: dict[str, gs.Variable] = {}
+        self._flat = {
+            t.name
+            for n in self.nodes
+            for t in n.outputs
+            if n.op == "Conv" and self._exit(Layer.of(model, n)) and self._is_island(t)
+        }
         self._weights: dict[str, gs.Variable] = {}
 
     # -------------------------------------------------------------- weights and biases
@@ -282,21 +305,31 @@ class _Writer:
         """Q after the tensor, DQ for its readers: all of them, or the integer ones."""
         encoding = self.model.encodings[tensor.name]
         readers = [n for n in consumers(tensor) if everyone or self._reads_integers(n, tensor)]
-        raw = tensor
-        if everyone and self.model.is_output(tensor):
-            raw = self._renamed(tensor)
+        output = everyone and self.model.is_output(tensor)
+        raw = self._renamed(tensor) if output else tensor
         grid = self._grid(tensor.name, encoding)
-        q_grid = grid
+        q_grid, q_axis = grid, None
+        scales = gate_scales(self.model, producer(tensor))
         if encoding.axis is not None:  # the layer gives integers already, see _scaled
             unit = np.ones((), np.float32), np.zeros((), np.int32)
             q_grid = self._grid(f"{tensor.name}_unit", Encoding(encoding.dtype, *unit))
+        elif scales is not None and not everyone and len(readers) == len(consumers(tensor)):
+            raw, q_axis = tensor.inputs[0].inputs[0], 1
+            self._flat.add(tensor.name)
+            zero = np.broadcast_to(encoding.zero_point, scales.shape)
+            finer = Encoding(encoding.dtype, encoding.scale / scales, zero, 1)
+            q_grid = self._grid(f"{tensor.name}_evened", finer)
         integers = self.model.variable(
             f"{tensor.name}_QuantizeLinear_Output", np.dtype(encoding.dtype), tensor.shape
         )
-        self._add("QuantizeLinear", tensor.name, [raw, *q_grid], integers)
+        parts = [] if everyone else self._parts(tensor, encoding)
+        if parts:
+            attrs = tensor.inputs[0].attrs
+            self._add("Concat", f"{tensor.name}_quantized", parts, integers, dict(attrs))
+        else:
+            self._convert("QuantizeLinear", tensor.name, [raw, *q_grid], integers, q_axis)
         self._integers[tensor.name] = integers
-        axis = {} if encoding.axis is None else {"axis": encoding.axis}
-        self._give(tensor, integers, grid, readers, axis, output=raw is not tensor)
+        self._give(tensor, integers, grid, readers, encoding.axis, output=output)
 
     def _give(
         self,
@@ -304,7 +337,7 @@ class _Writer:
         integers: gs.Variable,
         grid: tuple[gs.Constant, gs.Constant],
         readers: list[gs.Node],
-        attrs: dict[str, int],
+        axis: int | None,
         *,
         output: bool,
     ) -> None:
@@ -315,10 +348,42 @@ class _Writer:
             result.shape = tensor.shape
             for reader in readers:
                 rewire(reader, tensor, result)
-            self._add("DequantizeLinear", tensor.name, [integers, *grid], result, attrs)
+            self._convert("DequantizeLinear", tensor.name, [integers, *grid], result, axis)
         if output:
             name = f"{tensor.name}_output"
-            self._add("DequantizeLinear", name, [integers, *grid], tensor, attrs)
+            self._convert("DequantizeLinear", name, [integers, *grid], tensor, axis)
+
+    def _parts(self, tensor: gs.Tensor, encoding: Encoding) -> list[gs.Tensor]:
+        """The integers of each part of a float Concat; none if no part is on the grid already."""
+        node = producer(tensor)
+        if node is None or node.op != "Concat":
+            return []
+        known = [self._on_grid(producer(t), encoding) for t in node.inputs]
+        if all(k is None for k in known):
+            return []
+        pairs = zip(node.inputs, known, strict=True)
+        return [self._part(t, encoding) if k is None else k for t, k in pairs]
+
+    def _on_grid(self, node: gs.Node | None, encoding: Encoding) -> gs.Tensor | None:
+        """The integers that a node dequantizes by this encoding; None if it does something else."""
+        if node is None or node.op != "DequantizeLinear" or len(node.inputs) < 3:
+            return None
+        integers, scale, zero = node.inputs
+        if not isinstance(scale, gs.Constant) or not isinstance(zero, gs.Constant):
+            return None
+        grid = self.model.array(scale), self.model.array(zero)
+        wanted = encoding.scale, encoding.zero_point
+        same = zero.dtype == encoding.dtype and all(map(np.array_equal, grid, wanted))
+        return integers if same else None
+
+    def _part(self, tensor: gs.Tensor, encoding: Encoding) -> gs.Tensor:
+        """Q of a part; a power of two that it is multiplied by goes into the scale."""
+        source, factor = _unmagnified(self.model, tensor)
+        finer = Encoding(encoding.dtype, encoding.scale / factor, encoding.zero_point)
+        name, dtype = f"{tensor.name}_part", np.dtype(encoding.dtype)
+        integers = self.model.variable(f"{name}_QuantizeLinear_Output", dtype, tensor.shape)
+        self._add("QuantizeLinear", name, [source, *self._grid(name, finer)], integers)
+        return integers
 
     def _renamed(self, tensor: gs.Tensor) -> gs.Variable:
         """Move the producer to another name, so that the output's name is free for the DQ."""
@@ -344,7 +409,7 @@ class _Writer:
         node.outputs[0] = padded
         self._integers[result.name] = padded
         output = self.model.is_output(result)
-        self._give(result, padded, (scale, zero), readers, {}, output=output)
+        self._give(result, padded, (scale, zero), readers, None, output=output)
 
     def _integers_of(self, tensor: gs.Tensor) -> gs.Variable:
         """The integers behind a DQ that was put before a node, or those of the tensor itself."""
@@ -354,6 +419,23 @@ class _Writer:
         return self._integers[tensor.name]
 
     # -------------------------------------------------------------- small parts
+
+    def _is_island(self, tensor: gs.Tensor) -> bool:
+        """Whether only float functions of the tensor alone lie between it and integers again."""
+        inside, reached = {id(tensor)}, False
+        for node in self.model.graph.nodes:
+            varying = [t for t in node.inputs if t.name and not isinstance(t, gs.Constant)]
+            known = [id(t) in inside for t in varying]
+            if not any(known):
+                continue
+            if id(node) in self.kernels:
+                reached = True
+            elif node.op in ISLAND and all(known):
+                inside |= {id(t) for t in node.outputs}
+            else:
+                return False
+        whole = tensor.shape is not None and len(tensor.shape) > 2 and 0 not in tensor.shape
+        return reached and whole
 
     def _reads_integers(self, node: gs.Node, tensor: gs.Tensor) -> bool:
         kernel = self.kernels.get(id(node))
@@ -372,6 +454,36 @@ class _Writer:
         self._add("DequantizeLinear", name, [integers, *self._grid(name, encoding)], result, attrs)
         return result
 
+    def _convert(
+        self,
+        op: str,
+        name: str,
+        inputs: list[gs.Tensor],
+        output: gs.Tensor,
+        axis: int | None,
+    ) -> None:
+        """Q or DQ of an activation; per channel in an island, between reshapes to [N, C, L]."""
+        if axis is None or name not in self._flat:
+            self._add(op, name, inputs, output, {} if axis is None else {"axis": axis})
+            return
+        x, shape = inputs[0], output.shape
+        dtype = np.dtype(np.float32) if op == "QuantizeLinear" else x.dtype
+        flat, converted = (
+            self.model.variable(f"{name}_{op}_{part}", kind, [*shape[:2], None])
+            for part, kind in (("Flat", dtype), ("Flat_Output", output.dtype))
+        )
+        folded = self.model.constant(f"{name}_{op}_flat", np.array([0, 0, -1]))
+        self._add("Reshape", f"{name}_{op}_Flatten", [x, folded], flat)
+        self._add(op, name, [flat, *inputs[1:]], converted, {"axis": axis})
+        back: gs.Tensor
+        if sum(not isinstance(n, int) for n in shape[2:]) < 2:
+            sizes = [0, 0, *(n if isinstance(n, int) else -1 for n in shape[2:])]
+            back = self.model.constant(f"{name}_{op}_shape", np.array(sizes))
+        else:
+            back = self.model.variable(f"{name}_{op}_shape", np.int64, [len(shape)])
+            self._add("Shape", f"{name}_{op}", [x], back)
+        self._add("Reshape", f"{name}_{op}_Unflatten", [converted, back], output)
+
     def _add(
         self,
         op: str,
@@ -382,3 +494,13 @@ class _Writer:
     ) -> None:
         node = gs.Node(op, f"{name}_{op}", attrs or {}, inputs, [output])
         self.added.append(node)
+
+
+def _unmagnified(model: Model, tensor: gs.Tensor) -> tuple[gs.Tensor, np.float32]:
+    """What a tensor is a power of two times of, and that power."""
+    node = producer(tensor)
+    if node is not None and node.op == "Mul" and isinstance(node.inputs[1], gs.Constant):
+        factor = model.array(node.inputs[1])
+        if factor.shape == () and factor > 0 and np.frexp(factor)[0] == 0.5:
+            return node.inputs[0], np.float32(factor)
+    return tensor, np.float32(1)

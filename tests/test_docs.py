@@ -127,7 +127,7 @@ def test_parts_of_a_docstring():
     drawing = found.blocks[1].text.split("\n")
     assert drawing[0].startswith("Conv -> x --> Sigmoid")
     assert drawing[2] == ""  # two drawings, one block
-    assert found.blocks[0].text.endswith("after f has read it:")
+    assert found.blocks[0].text.endswith("But its result can:")
     assert {o.name: m for o, m in found.options}["largest"] == "Greatest scale."
     assert found.source.startswith("the equalization of Nagel et al. 2019")
     points = next(b for b in page("calibrate").blocks if b.kind == "list").items

@@ -91,7 +91,9 @@ def test_integers_are_kept_in_place_of_what_they_stand_for(axis):
         f"<float[4,3,3,3] w, float[4,4,1,1] v, float[{shape}] s, uint8[{shape}] z>"
         f"{{ a = Conv(x, w) q = QuantizeLinear{attrs}(a, s, z) d = DequantizeLinear{attrs}(q, s, z)"
         " b = Conv(d, v) r = Relu(d) y = Add(b, r) }",
-        s=np.array([0.05, 0.04, 0.03, 0.06])[: None if axis else 1].reshape(() if axis is None else -1),
+        s=np.array([0.05, 0.04, 0.03, 0.06])[: None if axis else 1].reshape(
+            () if axis is None else -1
+        ),
         z=np.array([120, 130, 128, 100])[: None if axis else 1].reshape(() if axis is None else -1),
     )
     data = samples(proto)
@@ -132,7 +134,9 @@ def test_subgraphs_read_from_outside():
 
 
 def test_samples_of_different_sizes():
-    proto = parse("g (float[N,2,L] x) => (float[] y) <float[3,2,3] w> { a = Conv(x, w) y = Exp(a) }")
+    proto = parse(
+        "g (float[N,2,L] x) => (float[] y) <float[3,2,3] w> { a = Conv(x, w) y = Exp(a) }"
+    )
     data = [models.feeds(proto, seed=s, batch=1 + s, size=4 + 3 * s) for s in range(3)]
     frontier = Frontier(proto, data)
     frontier.advance("a")

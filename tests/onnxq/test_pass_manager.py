@@ -187,6 +187,21 @@ def test_statistics_are_kept_until_the_model_changes():
     assert second["r"].maximum > first["r"].maximum
 
 
+def test_samples_are_checked_once_per_model_and_revision():
+    model, ctx = load(parse(TEXT)), Context(data())
+    ctx.statistics(model, ["r"])
+    samples = ctx.samples(model)
+    assert ctx.samples(model) is samples
+    for _ in range(2):  # from the first on, each time
+        for feed, wanted in zip(samples, data(), strict=True):
+            np.testing.assert_array_equal(feed["x"], wanted["x"])
+    other = load(parse(TEXT.replace("x", "other")))
+    with pytest.raises(CalibrationError, match="other"):
+        next(iter(ctx.samples(other)))
+    model.revision += 1
+    assert ctx.samples(model) is not samples
+
+
 def test_statistics_without_histogram_do_not_serve_for_those_with():
     model, ctx = load(parse(TEXT)), Context(data())
     plain = ctx.statistics(model, ["r"], histogram=False)

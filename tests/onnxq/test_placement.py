@@ -7,7 +7,7 @@ from onnxq.errors import RecipeError
 from onnxq.model import load
 from onnxq.pass_manager import Context
 from onnxq.passes import Calibrate
-from onnxq.placement import evens_gate, gate_factor, integer_nodes, match_nodes, place
+from onnxq.placement import gate_factor, gate_scales, integer_nodes, match_nodes, place
 from onnxq.targets import TARGETS
 from tests import models
 from tests.models import parse
@@ -410,27 +410,34 @@ def test_subgraphs_are_left_alone(then, other):
 
 
 @pytest.mark.parametrize(
-    ("body", "evens"),
+    ("body", "k", "evens"),
     [
-        ("g = Mul(s, e)", True),
-        ("g = Mul(e, s)", True),
-        ("g = Add(s, e)", False),
-        ("h = Neg(e) g = Mul(s, h)", False),
-        ("g = Mul(s, e) n = Neg(e)", False),
-        ("t = Sigmoid(e) g = Mul(t, e)", False),
+        ("g = Mul(c, s) e = Mul(g, k)", [1, 2, 4, 8], True),
+        ("g = Mul(s, c) e = Mul(g, k)", [1, 0.5, 4, 8], True),
+        ("g = Mul(c, s) e = Mul(k, g)", [1, 2, 4, 8], False),
+        ("g = Mul(c, s) e = Mul(g, k)", [1, 2, 3, 8], False),
+        ("g = Mul(c, s) e = Mul(g, k)", [1, 2, -4, 8], False),
+        ("g = Mul(c, s) e = Mul(g, k)", [1, 0, 4, 8], False),
+        ("g = Add(c, s) e = Mul(g, k)", [1, 2, 4, 8], False),
+        ("g = Mul(c, s) e = Add(g, k)", [1, 2, 4, 8], False),
     ],
 )
-def test_products_that_even_out_a_gate_stay_in_float(body, evens):
+def test_products_that_even_out_a_gate_stay_in_float(body, k, evens):
     """With one scale for all channels they would be in vain."""
     text = (
         f"{X} <float[4,4,1,1] w, float[4,1,1] k, float[4,4,1,1] v>"
-        f"{{ c = Conv(x, w) s = Sigmoid(c) e = Mul(c, k) {body} y = Conv(g, v) }}"
+        f"{{ c = Conv(x, w) s = Sigmoid(c) {body} y = Conv(e, v) }}"
     )
-    proto = parse(text, k=np.reshape([1, 2, 4, 8], (4, 1, 1)))
-    node = next(n for n in load(proto).graph.nodes if n.outputs[0].name == "e")
-    assert evens_gate(node) is evens
-    found = placed(text, k=np.reshape([1, 2, 4, 8], (4, 1, 1)))
+    k = np.reshape(k, (4, 1, 1))
+    model = load(parse(text, k=k))
+    model.infer()
+    node = next(n for n in model.graph.nodes if n.outputs[0].name == "e")
+    scales = gate_scales(model, node)
+    assert (scales is not None) is evens
+    found = placed(text, k=k)
     assert ("even out" in found.float_nodes.get("e", "")) is evens
+    if evens:
+        np.testing.assert_array_equal(scales, k.reshape(-1))
     if evens:
         assert set(found.nodes) == {"c", "y"}
         assert found.exits == {"c": "c", "y": "y"}

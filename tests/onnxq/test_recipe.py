@@ -235,7 +235,7 @@ def test_named_recipes(name):
     found = recipe.load(name)
     assert found.name == name
     assert found.description
-    steps = [step.name for step in found.passes]
+    steps = [step.name for step in found.passes if step.name != "space-to-depth"]
     assert steps[:2] == ["clean", "fold-batch-norm"]
     assert steps[-1] == "insert-qdq"
     assert recipe.loads(recipe.dumps(found)) == found

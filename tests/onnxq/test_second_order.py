@@ -401,9 +401,7 @@ def pairs(count=6, seed=0):
 
 
 def accumulated(layer, given, patches=10**6, shifted=True):
-    total = Accumulator(
-        PatchSource.of(layer), patches, np.random.default_rng(0), shifted=shifted
-    )
+    total = Accumulator(PatchSource.of(layer), patches, np.random.default_rng(0), shifted=shifted)
     total.add_all(given)
     return total.result()
 

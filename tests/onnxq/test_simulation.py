@@ -94,9 +94,7 @@ def test_what_a_layer_reads():
     feed = data[0]
     names = ["x.rounded", "b.rounded"]
     got = run(load(copy.to_proto()).to_proto(names), feed)
-    np.testing.assert_array_equal(
-        got["x.rounded"], model.encodings["x"].fake_quantize(feed["x"])
-    )
+    np.testing.assert_array_equal(got["x.rounded"], model.encodings["x"].fake_quantize(feed["x"]))
     on_grid = model.encodings["b"].fake_quantize(got["b.rounded"])
     np.testing.assert_array_equal(got["b.rounded"], on_grid)
 

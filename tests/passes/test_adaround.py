@@ -160,7 +160,10 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, seq
     monkeypatch.setattr(module.Quadratic, "of", original)
     _, _, model, _ = net()
     changes = step.apply(model, Context(data, resume=tmp_path))
-    assert changes.done == ["2 weights taken up from an earlier run", "2 weights rounded by annealing"]
+    assert changes.done == [
+        "2 weights taken up from an earlier run",
+        "2 weights rounded by annealing",
+    ]
     assert fingerprint(model) == fingerprint(whole)
     assert not [*tmp_path.rglob("*.part")]
     # nothing is left to do, and other options find nothing

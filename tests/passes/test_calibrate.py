@@ -946,3 +946,29 @@ def test_the_range_of_an_input_weighs_samples_by_their_power():
     ]
     assert error(chosen.low, chosen.high) <= 1.05 * min(others)
     assert error(chosen.low, chosen.high) < 0.5 * error(low, high)
+
+
+FLAT = {
+    "Sigmoid": (lambda x: x / (1 + np.exp(-x)), -7.0, -4.0),
+    "HardSigmoid": (lambda x: x * np.clip(0.2 * x + 0.5, 0, 1), -3.0, -2.0),
+}
+
+
+@pytest.mark.parametrize("op", FLAT)
+def test_a_channel_before_a_gate_in_float_spends_no_steps_where_the_gate_is_flat(op):
+    text = (
+        "g (float[N,3,32,32] x) => (float[] y) <float[3,3,1,1] w, float[3,3,1,1] v>"
+        f"{{ c = Conv(x, w) s = {op}(c) m = Mul(c, s) y = Conv(m, v) }}"
+    )
+    proto = parse(text, w=np.diag([1.0, 1.0, 1e-2]).reshape(3, 3, 1, 1))
+    x = np.random.default_rng(0).uniform(-60, 4, (2, 3, 32, 32)).astype(np.float32)
+    model = load(proto)
+    Calibrate(exclude=(op, "Mul")).apply(model, Context([{"x": x}]))
+    found = model.encodings["c"]
+    scale = found.scale.astype(np.float64)
+    low = -scale * found.zero_point
+    gate, least, most = FLAT[op]
+    assert ((least < low) & (low < most))[:2].all()
+    assert np.abs(gate(np.linspace(-60, low[0], 1000))).max() <= scale[0] * 0.51 + 1e-6
+    assert low[2] == pytest.approx(-0.6 - 0.5 * 0.64, rel=0.02)  # the gate is not flat there
+    np.testing.assert_allclose((low + 255 * scale)[:2], 4, rtol=0.05)

@@ -220,8 +220,11 @@ def test_the_gate_runs_in_float_however_small_the_scales(size, largest):
     for steps in ((), (GateEqualization(),)):
         model, _ = PassManager(*steps, Calibrate(), InsertQDQ())(proto, data)
         found.append(sqnr(run(proto, data[0])["y"], run(model, data[0], "all")["y"]))
-    gate = next(n for n in model.graph.nodes if n.op == "Mul" and "_equalize" in n.name)
-    assert model.array(gate.inputs[1]).max() == largest
-    assert "even out" in model.encodings.float_nodes[gate.name]
+    (why,) = (w for n, w in model.encodings.float_nodes.items() if "_equalize" in n)
+    assert "even out" in why
     assert ops(model).count("QuantizeLinear") == 4  # of x, c, m and y, none between
+    assert ops(model).count("Mul") == 1  # the scales are those of the quantization of m
+    finer = next(n for n in model.graph.nodes if n.op == "QuantizeLinear" and n.attrs.get("axis"))
+    scales = model.array(finer.inputs[1])
+    assert scales.max() / scales.min() == largest
     assert found[1] > found[0] + 8

@@ -9,7 +9,7 @@ from onnx import numpy_helper
 from onnxq.encoding import Encoding
 from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
-from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
+from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ, insert_qdq
 from onnxq.placement import place
 from onnxq.runtime import Session
 from onnxq.targets import TARGETS
@@ -131,7 +131,7 @@ PATTERNS = {
         "g (float[N,4,8,8] x) => (float[] c, float[] y) <float[4,4,3,3] w, float[5,4,3,3] v>"
         "{ c = Conv(x, w) r = Relu(c) y = Conv(r, v) }",
         {},
-        [Q, CONV, DQ, Q, CONV, DQ, DQ],
+        [Q, CONV, "Reshape", DQ, "Reshape", Q, CONV, DQ, DQ],
     ),
     "exit": (
         f"{X} <float[4,4,3,3] w, float[4] b> {{ c = Conv(x, w, b) y = Erf(c) }}",
@@ -234,6 +234,14 @@ def fused_ops(proto, folder):
     return ops(onnx.load(path))
 
 
+def with_values(proto, **values):
+    for tensor in proto.graph.initializer:
+        if tensor.name in values:
+            array = values[tensor.name].astype(np.float32)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    return proto
+
+
 def tensors(proto):
     return {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
 
@@ -330,6 +338,131 @@ def test_results_of_convolutions_that_floats_read_have_a_scale_per_channel():
     assert tensors(after)[leaving.input[1]].shape == (4,)
     arriving = node_of(after, leaving.input[0])
     assert tensors(after)[arriving.input[1]] == 1
+
+
+GATED = (
+    "g (float[N,4,{size}] x) => (float[] y) <float[4,4,{ones}] w, float[4] b, float[5,4,{ones}] v,"
+    "float[4,{ones}] t> {{ c = Conv(x, w, b) s = Sigmoid(c) m = Mul(c, s) {more} y = Conv(m, v) }}"
+)
+SIZES = {"1-d": "32", "2-d": "8,8", "3-d": "6,6,6", "half-known": "8,W", "free": "H,W"}
+SILU = ("Sigmoid", "Mul")
+
+
+def gated(sizes, more=""):
+    ones = ",".join("1" * (sizes.count(",") + 1))
+    return parse(GATED.format(size=sizes, ones=ones, more=more), t=1.0)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_floats_between_integers_stand_between_reshapes(sizes, tmp_path, monkeypatch):
+    proto = gated(sizes)
+    after, _ = quantized(proto, exclude=SILU)
+    assert_good(proto, after)
+    shape = ["Shape"] * (sizes == "H,W")
+    assert fused_ops(after, tmp_path) == [
+        *(Q, CONV, *shape, "Reshape", DQ, "Reshape", "QuickGelu", Q, CONV, DQ)
+    ]
+    monkeypatch.setattr(insert_qdq, "ISLAND", frozenset())
+    plain, _ = quantized(proto, exclude=SILU)
+    assert "Reshape" not in ops(plain)
+    for level in ("disabled", "all"):
+        for feed in samples(proto):
+            np.testing.assert_array_equal(
+                run(after, feed, level)["y"], run(plain, feed, level)["y"]
+            )
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["m = Sigmoid(c) y = Conv(m, v)", "m = Sigmoid(c) y = MatMul(m, u)",
+     "m = LeakyRelu(c) k = Exp(c) y = Conv(m, v)"],
+)  # fmt: skip
+def test_a_function_in_float_never_meets_a_kernel_that_wants_one_scale(body):
+    """onnxruntime makes DQ -> Sigmoid -> Q one lookup, whatever the scales of DQ are."""
+    proto = parse(
+        f"{X[:-1]}, float[] m, float[] {'k' if 'k =' in body else 'c'}) <float[4,4,1,1] w,"
+        f"float[4,4,1,1] v, float[8,5] u> {{ c = Conv(x, w) {body} }}"
+    )
+    after, _ = quantized(proto, exclude=["Sigmoid" if "Sigmoid" in body else "LeakyRelu"])
+    assert_good(proto, after)
+
+
+STRAIGHT = {
+    "an output": "g (float[N,4,8,8] x) => (float[] y) <float[4,4,1,1] w>"
+    "{ c = Conv(x, w) y = Sigmoid(c) }",
+    "a second source": f"{X} <float[4,4,1,1] w, float[4,4,1,1] u, float[4,4,1,1] v>"
+    "{ c = Conv(x, w) d = Conv(x, u) m = Add(c, d) y = Conv(m, v) }",
+    "what is no function": f"{X} <float[4,4,1,1] w, float[4,4,1,1] v>"
+    "{ c = Conv(x, w) m = Softmax<axis=1>(c) y = Conv(m, v) }",
+}
+
+
+@pytest.mark.parametrize("name", STRAIGHT)
+def test_elsewhere_channels_leave_the_integers_without_reshapes(name):
+    proto = parse(STRAIGHT[name])
+    found = {n.op_type for n in proto.graph.node}
+    after, _ = quantized(proto, exclude=sorted({"Sigmoid", "Add", "Softmax"} & found))
+    assert_good(proto, after)
+    assert "Reshape" not in ops(after)
+    assert any(node.op_type == DQ and node.attribute for node in after.graph.node)
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_scales_that_even_out_a_gate_are_those_of_its_quantization(sizes, tmp_path, monkeypatch):
+    ones = (4, *[1] * (sizes.count(",") + 1))
+    proto = gated(sizes, "e = Mul(m, t)")
+    proto.graph.node[-1].input[0] = "e"
+    proto = with_values(proto, t=np.reshape([1, 0.5, 8, 2], ones))
+    after, _ = quantized(proto)
+    assert_good(proto, after)
+    assert ops(after).count("Mul") == 1
+    finer = next(n for n in after.graph.node if n.op_type == Q and n.attribute)
+    scale = tensors(after)[finer.input[1]]
+    np.testing.assert_array_equal(scale[0] / scale, [1, 0.5, 8, 2])
+    assert "QuickGelu" in fused_ops(after, tmp_path)
+    monkeypatch.setattr(insert_qdq, "gate_scales", lambda model, node: None)
+    plain, _ = quantized(proto)
+    assert ops(plain).count("Mul") == 2
+    for level in ("disabled", "all"):
+        for feed in samples(proto):
+            np.testing.assert_array_equal(
+                run(after, feed, level)["y"], run(plain, feed, level)["y"]
+            )
+
+
+def test_a_float_reader_of_an_evened_gate_keeps_the_product():
+    text = (
+        f"{X} <float[4,4,1,1] w, float[4,4,1,1] v, float[4,1,1] t> {{ c = Conv(x, w)"
+        " s = Sigmoid(c) m = Mul(c, s) e = Mul(m, t) d = Conv(e, v) f = Erf(e) y = Add(d, f) }"
+    )
+    proto = parse(text, t=np.reshape([1, 0.5, 8, 2], (4, 1, 1)))
+    after, _ = quantized(proto)
+    assert_good(proto, after)
+    assert ops(after).count("Mul") == 2
+
+
+def test_a_float_join_takes_only_what_is_on_its_own_grid():
+    """A part that is dequantized by another scale is quantized again."""
+    text = (
+        f"{X} <float[5,8,1,1] w, float s, float u, uint8 z> {{ q = QuantizeLinear(x, s, z)"
+        " d = DequantizeLinear(q, GRID, z) r = Sub(x, d) e = Erf(r) j = Concat<axis=1>(d, e)"
+        " y = Conv(j, w) }"
+    )
+    for grid, op in (("s", "Concat"), ("u", Q)):
+        proto = parse(text.replace("GRID", grid), s=0.05, u=0.02, z=128)
+        model = load(proto)
+        Calibrate(method="minmax", exclude=("Concat",)).apply(model, Context(samples(proto)))
+        scale, zero = np.float32(0.05), np.int32(128)
+        model.encodings.replace({**model.encodings, "j": Encoding("uint8", scale, zero)})
+        floats = model.to_proto(["j"])
+        wanted = [model.encodings["j"].quantize(run(floats, feed)["j"]) for feed in samples(proto)]
+        InsertQDQ().apply(model, Context())
+        (conv,) = (n for n in model.graph.nodes if n.op == "Conv")
+        integers = conv.inputs[0].inputs[0].inputs[0]
+        assert integers.inputs[0].op == op
+        exposed = model.to_proto([integers.name])
+        for feed, array in zip(samples(proto), wanted, strict=True):
+            np.testing.assert_array_equal(run(exposed, feed)[integers.name], array)
 
 
 def test_channels_of_very_different_sizes_keep_their_precision_at_an_exit():
@@ -622,7 +755,8 @@ def test_an_excluded_relu_runs_in_float(tmp_path):
     after, _ = quantized(proto, exclude=("Relu",))
     assert_good(proto, after)
     relu = next(n for n in after.graph.node if n.op_type == "Relu")
-    assert node_of(after, relu.input[0]).op_type == DQ
+    back = node_of(after, relu.input[0])
+    assert [back.op_type, node_of(after, back.input[0]).op_type] == ["Reshape", DQ]
 
 
 def test_a_branch_reads_what_its_activation_would_have_taken():

@@ -124,3 +124,25 @@ def test_what_it_refuses(name):
     changes = ResidualInput().apply(model, ctx)
     assert not changes
     assert why in reasons(changes)["x"]
+
+
+@pytest.mark.parametrize("magnify", [8.0, 6.0])
+def test_the_halves_are_joined_in_integers(magnify):
+    """The same integers as those of the joined floats, by fewer operators."""
+    data = sounds()
+    _, model, ctx = calibrated(data)
+    ResidualInput(magnify=magnify).apply(model, ctx)
+    model.revision += 1
+    joined = model.encodings["x.with_residue"]
+    floats = model.to_proto(["x.with_residue"])
+    InsertQDQ().apply(model, ctx)
+    kinds = [op for op in ops(model) if op != "DequantizeLinear"]
+    times = ["Mul"] * (magnify == 6)  # a power of two becomes a scale
+    assert kinds[: 4 + len(times)] == ["QuantizeLinear", "Sub", *times, "QuantizeLinear", "Concat"]
+    (name,) = (n.outputs[0].name for n in model.graph.nodes if n.op == "Concat")
+    exposed = model.to_proto([name])
+    for feed in data:
+        got = run(exposed, feed)[name]
+        wanted = joined.quantize(run(floats, feed)["x.with_residue"])
+        assert got.dtype == np.uint8
+        np.testing.assert_array_equal(got, wanted)
