@@ -28,16 +28,18 @@ __all__ = ["Choices", "anneal", "choices", "objective", "usual_sweeps"]
 
 # Moves per weight by default: so many over K, within limits, which makes the time per weight the
 # same for all layers.
-MOVES, FEWEST, MOST = 5_000, 1.5, 200.0
+MOVES, FEWEST, MOST = 6_000, 1.5, 200.0
 # Rows of one piece of work.
 ROWS = 16
 # Rows with so few open weights are solved by trying all choices.
 EXHAUSTIVE = 12
 # Moves that a weight rests, round by round: at least, and at random up to twice that.  Long rests
-# lead far away, short ones look around: so the search cools down.
-RESTS = np.array([16, 10, 6, 4])
-# Rows up to so many columns end with a search for pairs, which costs K^2.
-PAIRED = 1024
+# lead far away, short ones look around: so the search cools down.  Each round starts from the best
+# state of those before, with g made anew.
+RESTS = (16, 8, 4)
+# Rows of no more columns end with a descent that tries pairs, which costs K^2; of no more than a
+# quarter, every round does.
+PAIRED = 2048
 # Columns with less of the mean diagonal are constant: they have no say.
 SILENT = 1e-9
 # The change that a move makes which must not be made.
@@ -119,7 +121,7 @@ def anneal(
         gram: H, the second moment of the layer's input, [K, K] or [G, K, K].
         linear: g0, shaped as the weight; None for 0.
         start: Values on the grid to start from, shaped as the weight.
-        sweeps: Moves per weight; None for a number that takes about 2 us per weight on one core, 0
+        sweeps: Moves per weight; None for a number that takes about 3 us per weight on one core, 0
             for moves that improve alone.
         reach: Further searches, each of which may take a weight a step beyond.  Lowers the
             objective, but fits the noise of H where that comes from few samples.
@@ -239,9 +241,11 @@ class _Problem:
             with ThreadPoolExecutor(threads) as pool:
                 list(pool.map(piece, range(0, groups * each, ROWS)))
 
-        if sweeps > 0:
-            shared(_search, read_only(states), float(sweeps), read_only(RESTS))
-        if sweeps == 0 or columns <= PAIRED:
+        for rest in RESTS if sweeps > 0 else ():
+            shared(_search, states, sweeps / len(RESTS), rest)
+            if columns <= (PAIRED if rest == RESTS[-1] else PAIRED // 4):
+                shared(_descend)
+        if sweeps == 0:
             shared(_descend)
         return reached()
 
@@ -338,7 +342,7 @@ def _search(
     pull: np.ndarray,
     states: np.ndarray,
     sweeps: float,
-    rests: np.ndarray,
+    rest: int,
 ) -> None:
     """The best state that a tabu search sees from where each row is.
 
@@ -348,51 +352,49 @@ def _search(
         begin: The first row's number.
         move: The step that is each weight's next, +1, -1 or, for none, 0; float32 [R, K].
         pull: d H + g0, float32 [R, K].
-        states: Of each row's random stream, uint64.
+        states: Of each row's random stream, uint64; go on.
         sweeps: Moves per weight.
-        rests: Moves that a weight rests, at least; up to twice that, at random.  One round for
-            each, from the best state of those before.
+        rest: Moves that a weight rests, at least; up to twice that, at random.
     """
     columns = move.shape[1]
     change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
     score, now = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    best_change = np.empty(columns, np.float32)
     bits = score.view(np.int32)
     until = np.empty(columns, np.int32)
     for r in range(move.shape[0]):
         h = gram[(begin + r) // each]
-        _changes(h, move[r], pull[r], best_change)
+        _changes(h, move[r], pull[r], change)
         places = np.flatnonzero(move[r])
         if places.size <= EXHAUSTIVE:
-            _enumerate(h, move[r], best_change, ease, places)
+            _enumerate(h, move[r], change, ease, places)
             continue
         for k in places:
             ease[k] = 1 / h[k, k]
         state = states[begin + r]
-        best = 0.0
-        for rest in rests:
-            rest = min(rest, places.size // 3)
-            change[:], now[:], until[:] = best_change, move[r], 0
-            total = best
-            _follow(h[0], np.float32(0), now, ease, change, score)
-            for i in range(max(1, int(sweeps * places.size / rests.size))):
-                k = _lowest(bits, until, np.int32(i))
-                own = change[k]
-                # only at the bottom of a descent, since keeping a state costs as much as a move
-                if own >= 0 and total < best - LEAST:
-                    best = total
-                    move[r] = now
-                    best_change[:] = change
-                total += own
-                step = now[k]
-                now[k] = -step
-                _follow(h[k], 2 * step, now, ease, change, score)
-                change[k] = -own
-                score[k] = -own * ease[k] if own < 0 else -own
-                state ^= state << np.uint64(13)  # xorshift64
-                state ^= state >> np.uint64(7)
-                state ^= state << np.uint64(17)
-                until[k] = i + 1 + rest + np.int32(state % np.uint64(rest))
+        now[:], until[:] = move[r], 0
+        least = min(rest, places.size // 3)
+        total, best = 0.0, 0.0
+        _follow(h[0], np.float32(0), now, ease, change, score)
+        for i in range(max(1, int(sweeps * places.size))):
+            k = _lowest(bits, until, np.int32(i))
+            own = change[k]
+            # only at the bottom of a descent, since keeping a state costs as much as a move
+            if own >= 0 and total < best - LEAST:
+                best = total
+                move[r] = now
+            total += own
+            step = now[k]
+            now[k] = -step
+            _follow(h[k], 2 * step, now, ease, change, score)
+            change[k] = -own
+            score[k] = -own * ease[k] if own < 0 else -own
+            state ^= state << np.uint64(13)  # xorshift64
+            state ^= state >> np.uint64(7)
+            state ^= state << np.uint64(17)
+            until[k] = i + 1 + least + np.int32(state % np.uint64(least))
+        if total < best - LEAST:
+            move[r] = now
+        states[begin + r] = state
 
 
 @kernel

@@ -437,8 +437,10 @@ def _fitting_recipe(
         return "weight-only" if samples else "weight-only-nearest"
     if data_free:
         return "data-free"
-    tensor = weights is not None and Format.parse(weights).granularity == "tensor"
-    return "per-tensor" if tensor else "default"
+    wanted = None if weights is None else Format.parse(weights)
+    if wanted is not None and wanted.granularity == "tensor":
+        return "per-tensor"
+    return "accurate" if wanted is not None and wanted.bits < 8 else "default"
 
 
 def _recipe(given: str | os.PathLike[str] | Recipe) -> Recipe:

@@ -27,7 +27,8 @@ def rows_of(layer: Layer, weight: np.ndarray | None = None) -> np.ndarray:
     """The weight as rows that multiply patches, [G, O/G, K].
 
     Args:
-        layer: Conv [O, I/G, ...], ConvTranspose [I, O/G, ...], Gemm [K, N] or [N, K], MatMul [K, N].
+        layer: Conv [O, I/G, ...], ConvTranspose [I, O/G, ...], Gemm [K, N] or [N, K], or MatMul
+            [K, N].
         weight: Other values, laid out as the layer's weight.
     """
     weight = layer.weight if weight is None else weight

@@ -1,7 +1,7 @@
 """The error of a layer's output as a quadratic in its rounded weight.
 
 With d = q - w for a row w of the weight, the expected squared error of its output is, but for what
-no rounding changes, ``d H d^T + 2 d g``, where ``g = w (H - C)`` is there where the layer meets other
+no rounding changes, ``d H d^T + 2 d g``.  There is a ``g = w (H - C)`` where the layer meets other
 inputs than the float layer did, see `onnxq.second_order`.
 """
 
@@ -172,8 +172,8 @@ def _moment(statistics: SecondOrder, biased: bool) -> np.ndarray:
 def _drift(statistics: SecondOrder, biased: bool) -> np.ndarray:
     """H - C, [G, K, K]."""
     if biased:
-        return statistics.covariance - statistics.cross_covariance
-    return statistics.moment - statistics.cross_moment
+        return np.asarray(statistics.covariance - statistics.cross_covariance)
+    return np.asarray(statistics.moment - statistics.cross_moment)
 
 
 def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:

@@ -80,10 +80,16 @@ description = "For weights of few bits, or the last tenth: AdaRound, layer after
 name = "clean"
 
 [[pass]]
+name = "space-to-depth"
+
+[[pass]]
 name = "fold-batch-norm"
 
 [[pass]]
 name = "fold-dead-channels"
+
+[[pass]]
+name = "space-to-depth"
 
 [[pass]]
 name = "gate-equalization"

@@ -33,8 +33,8 @@ __all__ = [
     "collect_means",
     "correct_bias",
     "input_session",
-    "rows_of",
     "patches_per_sample",
+    "rows_of",
     "supports",
     "takes_bias",
     "weight_of",
@@ -52,7 +52,7 @@ _SHORT = 32
 
 @dataclass
 class SecondOrder:
-    """Moments of the patches that one layer reads, per group; x' where they differ from the float's.
+    """Moments of the patches x that one layer reads, per group, or of x' where it reads others.
 
     Args:
         count: How many patches the means are over.
@@ -85,7 +85,7 @@ class SecondOrder:
     @property
     def moment(self) -> np.ndarray:
         """H = E[x' x'^T], [G, K, K]."""
-        return self.covariance + _outer(self.sampled_mean, self.sampled_mean)
+        return np.asarray(self.covariance + _outer(self.sampled_mean, self.sampled_mean))
 
     @property
     def cross_covariance(self) -> np.ndarray:
@@ -95,7 +95,8 @@ class SecondOrder:
     @property
     def cross_moment(self) -> np.ndarray:
         """C = E[x x'^T], [G, K, K]."""
-        return self.cross_covariance + _outer(self.sampled_reference, self.sampled_mean)
+        means = _outer(self.sampled_reference, self.sampled_mean)
+        return np.asarray(self.cross_covariance + means)
 
     @property
     def is_shifted(self) -> bool:

@@ -14,11 +14,10 @@ from onnxq.checkpoint import Checkpoint, fingerprint
 from onnxq.errors import RecipeError
 from onnxq.kernels.annealing import anneal, usual_sweeps
 from onnxq.kernels.relaxation import Relaxation, relax
-from onnxq.kernels.scales import output_scales
 from onnxq.layer_inputs import LayerInputs, statistics_bytes
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context, options
-from onnxq.patches import PatchSource, supports
+from onnxq.patches import supports
 from onnxq.quadratic import Quadratic, settle
 from onnxq.runtime import cores
 from onnxq.version import __version__
@@ -151,6 +150,9 @@ class AdaRound:
 
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
         if layer.weight_encoding is None:
+            return False
+        if layer.weight_encoding.block:
+            changes.skip(layer.name, "scales per block are rounded to nearest")
             return False
         if not supports(layer):
             changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")

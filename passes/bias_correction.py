@@ -128,7 +128,7 @@ class BiasCorrection:
         if layer.op == "MatMul":
             changes.skip(layer.name, "MatMul takes no bias")
             return False
-        if not supports(layer):
+        if layer.op == "ConvTranspose" or not supports(layer):
             changes.skip(layer.name, f"{layer.op} of this kind is not corrected")
             return False
         if layer.bias_tensor is not None and layer.bias is None:

@@ -69,13 +69,13 @@ class InsertQDQ:
 
             W: int4 -> Cast(int8) -> DQ -> Conv
 
-    12. A weight that has an encoding, while the input of its layer has none, is all that is written:
-        the runtime multiplies it by floats.  A Gemm's weight is turned to K x N for that::
+    12. A weight that has an encoding, while its layer's input has none, is all that is written: the
+        runtime multiplies it by floats.  A Gemm's weight is turned to K x N for that::
 
             W: int4 -> DQ(block_size) -> MatMul, Gemm
 
-        A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime fuses
-        no weight before a Relu or Clip.
+        A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime
+        fuses no weight before a Relu or Clip.
 
     Nothing is written around nodes that stay in float.
 

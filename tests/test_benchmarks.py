@@ -17,15 +17,17 @@ MODEL, CALIB = (ROOT / "examples" / "digits" / name for name in ("digits.onnx", 
 def scripts(monkeypatch, tmp_path):
     """The benchmarks as modules, found as they find one another; results go to tmp_path."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    names = ("_zoo", "calibration", "latency")
+    names = ("_zoo", "adaround", "calibration", "latency")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import _zoo
+    import adaround
     import calibration
     import latency
 
     monkeypatch.setattr(_zoo, "OUT", tmp_path)
-    yield {"_zoo": _zoo, "calibration": calibration, "latency": latency}
+    modules = (_zoo, adaround, calibration, latency)
+    yield {module.__name__: module for module in modules}
     for name in names:
         del sys.modules[name]
 
@@ -152,9 +154,43 @@ def test_samples_are_read_over_again_where_there_are_too_few(scripts):
     assert not np.array_equal(feeds[1], feeds[0])
 
 
+def test_adaround(scripts, tmp_path, capsys):
+    scripts["adaround"].main([str(MODEL), "--calib", str(CALIB), "--quick"])
+    results = json.loads((tmp_path / "adaround.json").read_text())
+    assert len(results) > 2
+    table = capsys.readouterr().out
+    for row in results:
+        assert row["model"] == "digits"
+        assert list(row["error"]) == ["gptq", "relaxation, tenth", "relaxation", "search"]
+        assert row["error"]["search"] <= row["error"]["relaxation, tenth"] <= 1
+        assert all(seconds >= 0 for seconds in row["seconds"].values())
+        assert f"| {row['layer']} | {' x '.join(map(str, row['shape']))} |" in table
+    assert f"of {len(results)} layers" in table
+    assert table.strip().endswith("rows worse than nearest: 0; 0 layers left out")
+
+
+def test_what_the_search_missed_is_told(scripts):
+    def row(search, relaxation, seconds):
+        errors = {"relaxation": relaxation, "search": search}
+        return {
+            "model": "m",
+            "layer": f"at {search}",
+            "error": errors,
+            "seconds": {"relaxation": 50.0, "search": seconds},
+            "rows worse than nearest": 0,
+        }
+
+    good = scripts["adaround"].summary([row(0.5, 0.5, 1.0)] * 19 + [row(0.6, 0.5, 1.0)])
+    assert good.startswith("search no worse than the relaxation on 95.0% of 20 layers, worst 1.200")
+    assert "(m at 0.6), in 1/50 of its time (20.0 s)" in good
+    bad = scripts["adaround"].summary([row(0.5, 0.5, 1.1), row(0.6, 0.5, 1.1)])
+    assert "50.0% of 2 layers **missed**" in bad
+    assert "in 1/45 of its time **missed**" in bad
+
+
 def test_without_the_zoo_a_benchmark_says_so_and_make_goes_on(scripts, monkeypatch, capsys):
     monkeypatch.delenv("ONNXQ_ZOO", raising=False)
-    for name in ("calibration", "latency"):
+    for name in ("adaround", "calibration", "latency"):
         with pytest.raises(SystemExit) as left:
             scripts[name].main([])
         assert left.value.code == scripts["_zoo"].SKIPPED

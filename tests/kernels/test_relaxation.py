@@ -1,8 +1,9 @@
-"""The relaxation against rounding to nearest, and its step against autograd by hand."""
+"""The relaxation against rounding to nearest, and its step against the slope of the loss."""
 
 import numpy as np
 import pytest
 
+from onnxq.kernels._jit import read_only
 from onnxq.kernels.annealing import choices, objective
 from onnxq.kernels.relaxation import Relaxation, _rates, _step, relax, relax_activated
 
@@ -70,7 +71,8 @@ def test_a_step_follows_the_gradient():
     wide = v.astype(np.float64)
     slope = (loss(wide + 1e-5) - loss(wide - 1e-5)) / 2e-5
     first, second, error, moved = np.zeros_like(v), np.zeros_like(v), np.zeros_like(v), v.copy()
-    _step(base, span, half, moved, first, second, error, rates)
+    fixed = (read_only(a) for a in (base, span, half))
+    _step(*fixed, moved, first, second, error, read_only(rates))
     np.testing.assert_allclose(first, 0.1 * slope, rtol=2e-3, atol=1e-5)
     np.testing.assert_allclose(moved - v, -0.01 * np.sign(slope), rtol=1e-2)  # Adam's first
     h = np.clip(1.2 / (1 + np.exp(-moved)) - 0.1, 0, 1)

@@ -163,7 +163,7 @@ def test_any_graph_gives_the_same_cut_by_cut(proto, seed):
 
 
 def test_float_weights_between_integers_stay_as_they_are():
-    """onnxruntime would round them to 8 bits of its own, and cannot have zero points per channel."""
+    """onnxruntime would round them to 8 bits, and fails where there are zero points per channel."""
     proto = parse(
         "g (float[N,3,8,8] x) => (float[] y)"
         "<float[4,3,3,3] w, float s, uint8 z, float[4] t, uint8[4] u, float[4,4,1,1] v>"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.model import load
 from onnxq.errors import CalibrationError
+from onnxq.model import load
 from onnxq.patches import PatchSource
 from onnxq.second_order import (
     Accumulator,
@@ -24,9 +24,9 @@ from tests.checks import run
 from tests.models import ChainBuilder, parse
 from tests.passes.test_gptq import LAYERS
 
-
 TRANSPOSED = {
-    name: f"g (float[N,4,5,6] x) => (float[] y) <float[4,3,{size}] w> {{ y = ConvTranspose<{attrs}>(x, w) }}"
+    name: f"g (float[N,4,5,6] x) => (float[] y) <float[4,3,{size}] w>"
+    f"{{ y = ConvTranspose<{attrs}>(x, w) }}"
     for name, (size, attrs) in {
         "plain": ("3,2", "group=1"),
         "strided": ("3,2", "strides=[2,3]"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from onnx import numpy_helper
 
 from onnxq.model import load
 from onnxq.pass_manager import Context
@@ -26,7 +27,8 @@ NETS = {
     "{ a = Conv(x, w) b = Sqrt(a) c = Relu(b) y = Conv(c, v) }",
     "matmul": "g (float[N,4,8] x) => (float[] y) <float[8,8] w, float[8,6] v, float[8] b>"
     "{ a = MatMul(x, w) c = Add(a, b) d = Relu(c) y = MatMul(d, v) }",
-    "concat": "g (float[N,4,8,8] x) => (float[] y) <float[4,4,3,3] w, float[4,4,3,3] v, float[3,8,1,1] u>"
+    "concat": "g (float[N,4,8,8] x) => (float[] y)"
+    "<float[4,4,3,3] w, float[4,4,3,3] v, float[3,8,1,1] u>"
     "{ a = Conv(x, w) b = Conv(x, v) c = Concat<axis=1>(a, b) y = Conv(c, u) }",
 }
 
@@ -44,8 +46,6 @@ def quantized(name, **options):
 
 
 def _absolute(tensor):
-    from onnx import numpy_helper
-
     return numpy_helper.from_array(np.abs(numpy_helper.to_array(tensor)), tensor.name)
 
 
@@ -65,7 +65,7 @@ def test_it_computes_as_the_written_model(name, weights):
 
 
 def test_the_model_stays_as_it_is():
-    proto, _, model, _ = quantized("residual")
+    _, _, model, _ = quantized("residual")
     before = model.to_proto()
     simulated(model, TARGET)
     assert model.to_proto() == before
