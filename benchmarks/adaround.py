@@ -26,10 +26,10 @@ import numpy as np
 from _zoo import stream
 
 import onnxq
-from onnxq.kernels.annealing import anneal, choices, objective
 from onnxq.kernels.relaxation import Relaxation, relax
 from onnxq.kernels.rounding import gptq, inverse_factor, shrink
 from onnxq.kernels.scales import output_scales
+from onnxq.kernels.tabu import choices, objective, tabu_search
 from onnxq.passes import Clean, FoldBatchNorm
 from onnxq.second_order import collect, input_session, rows_of, supports
 
@@ -119,7 +119,7 @@ def measure(
         "gptq": lambda: by_gptq(*problem),
         "relaxation, tenth": lambda: relaxed(max(iterations // 10, 1)),
         "relaxation": lambda: relaxed(iterations),
-        "search": lambda: anneal(*problem),
+        "search": lambda: tabu_search(*problem),
     }
     nearest = cost(choices(*problem[:-1]).nearest, weight, gram)
     errors, seconds = {}, {}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
-from onnxq.kernels.annealing import anneal, choices
+from onnxq.kernels.tabu import choices, tabu_search
 
 __all__ = ["Relaxation", "relax", "relax_activated"]
 
@@ -90,7 +90,9 @@ def relax(
     found = _solve(weight, scale, zero, qmin, qmax, pull, options, threads)
     if not descend:
         return found
-    return anneal(weight, scale, zero, qmin, qmax, gram, linear, found, sweeps=0, threads=threads)
+    return tabu_search(
+        weight, scale, zero, qmin, qmax, gram, linear, found, sweeps=0, threads=threads
+    )
 
 
 def relax_activated(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxq.kernels.annealing import anneal, objective
+from onnxq.kernels.tabu import objective, tabu_search
 
 __all__ = ["output_scale", "output_scales", "refit_scale", "refit_scales", "searched_scales"]
 
@@ -123,7 +123,7 @@ def searched_scales(
     least = np.full(best.shape, np.inf)
     for share in shares:
         scale = (np.asarray(around, np.float64) * share).astype(np.float32)
-        values = anneal(
+        values = tabu_search(
             weight, scale, zero, qmin, qmax, gram, linear, sweeps=sweeps, seed=seed, threads=threads
         )
         cost = objective(values.astype(np.float64) - weight, gram, linear)

@@ -11,13 +11,22 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from onnxq.encoding import Encoding
-from onnxq.kernels.annealing import objective
+from onnxq.biases import least_scale, written_bias
+from onnxq.encoding import SMALLEST_SCALE, Encoding
 from onnxq.kernels.rounding import gptq, inverse_factor, shrink
-from onnxq.kernels.scales import output_scale, output_scales, searched_scales
+from onnxq.kernels.scales import (
+    output_scale,
+    output_scales,
+    refit_scale,
+    refit_scales,
+    searched_scales,
+)
+from onnxq.kernels.tabu import objective
 from onnxq.model import Layer
 from onnxq.patches import rows_of, weight_of
+from onnxq.placement import Ends
 from onnxq.second_order import SecondOrder, correct_bias, takes_bias
+from onnxq.targets import Kernel
 
 __all__ = ["Quadratic", "settle"]
 
@@ -38,6 +47,7 @@ class Quadratic:
         qmin: Least integer.
         qmax: Greatest integer.
         per_tensor: Whether all rows share one scale.
+        least: Scales below which the bias would overflow int32, float64 [G * R].
     """
 
     rows: np.ndarray
@@ -48,7 +58,7 @@ class Quadratic:
     qmin: int
     qmax: int
     per_tensor: bool
-    trust: float = 1.0
+    least: np.ndarray
 
     @classmethod
     def of(cls, layer: Layer, statistics: SecondOrder) -> Quadratic:
@@ -63,12 +73,10 @@ class Quadratic:
         rows = np.ascontiguousarray(rows_of(layer), np.float32)
         linear = None
         noise = 0.0
-        trust = 1.0
         apart = [_moment(half, biased) for half in statistics.halves or ()]
         if statistics.is_shifted:
             linear = np.matmul(rows.astype(np.float64), _drift(statistics, biased))
-            trust = _trust(rows, statistics, biased)
-            linear *= trust
+            linear *= _trust(rows, statistics, biased)
         else:
             x = layer.model.encodings.get(layer.x.name)
             noise = 0.0 if x is None else float(x.scale) ** 2 / 12
@@ -81,15 +89,15 @@ class Quadratic:
         scale = np.ascontiguousarray(np.broadcast_to(encoding.scale, count), np.float32)
         zero = np.ascontiguousarray(np.broadcast_to(encoding.zero_point, count), np.int32)
         return cls(
-            rows,
-            gram,
-            linear,
-            scale,
-            zero,
-            encoding.qmin,
-            encoding.qmax,
-            encoding.axis is None,
-            trust,
+            rows=rows,
+            gram=gram,
+            linear=linear,
+            scale=scale,
+            zero=zero,
+            qmin=encoding.qmin,
+            qmax=encoding.qmax,
+            per_tensor=encoding.axis is None,
+            least=np.minimum(np.broadcast_to(_least(layer), count), scale),
         )
 
     def with_scale(self, scale: np.ndarray) -> Quadratic:
@@ -101,9 +109,34 @@ class Quadratic:
         given = (self.rows, self.zero, self.qmin, self.qmax, self.gram, self.linear)
         if self.per_tensor:
             one = output_scale(*given, base=float(self.scale[0]))
-            return np.full(self.scale.shape, one, np.float32)
-        around = output_scales(*given, base=self.scale)
-        return searched_scales(*given, around=around, seed=seed, threads=threads)
+            scale = np.full(self.scale.shape, max(float(one), self.least.max()))
+            return np.asarray(scale, np.float32)
+        around = np.maximum(output_scales(*given, base=self.scale), self.least)
+        found = searched_scales(*given, around=around, seed=seed, threads=threads)
+        return np.asarray(np.maximum(found, self.least), np.float32)
+
+    def refitted(self, values: np.ndarray) -> tuple[Quadratic, np.ndarray]:
+        """The problem with the scales that serve the integers of a rounding best, and its values.
+
+        Where one scale is for all rows, that is their sum's best.  Rows that it does not help keep
+        their scale.
+        """
+        scale = self.scale.reshape(*self.rows.shape[:2], 1)
+        codes = np.rint(values / scale)
+        if self.per_tensor:
+            new = np.full(self.scale.shape, refit_scale(self.rows, codes, self.gram, self.linear))
+        else:
+            new = refit_scales(self.rows, codes, self.gram, self.linear)
+        fits = (new >= np.maximum(self.least, SMALLEST_SCALE)) & np.isfinite(new)
+        fits &= fits.all() or not self.per_tensor
+        new = np.where(fits, new, self.scale).astype(np.float32)
+        moved = codes.astype(np.float32) * new.reshape(scale.shape)
+        before, after = self.cost(values), self.cost(moved)
+        helps = (
+            np.full(before.shape, after.sum() < before.sum()) if self.per_tensor else after < before
+        )
+        found = np.where(helps.reshape(scale.shape), moved, values)
+        return self.with_scale(np.where(helps, new, self.scale)), found
 
     @property
     def nearest(self) -> np.ndarray:
@@ -162,6 +195,16 @@ def settle(layer: Layer, rounded: np.ndarray, statistics: SecondOrder, scale: np
     if encoding.axis is not None:
         known = scale[: encoding.scale.size].reshape(encoding.scale.shape)
     layer.model.encodings[layer.weight_tensor.name] = replace(encoding, scale=known)
+
+
+def _least(layer: Layer) -> np.ndarray:
+    """The least scale that the bias of a layer allows, [O] or [1]."""
+    encodings = layer.model.encodings
+    x = encodings.get(layer.x.name)
+    if x is None or layer.op not in ("Conv", "Gemm"):
+        return np.zeros(1)
+    end = Ends(layer.model, encodings.float_nodes).of(layer.y, Kernel("layer"))
+    return least_scale(written_bias(layer, end), float(x.scale))
 
 
 def _moment(statistics: SecondOrder, biased: bool) -> np.ndarray:

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq.analysis.distribution import Distribution, propagate, statistics_of
 from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, class_scores, widened
+from onnxq.biases import guard_bias, written_bias
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.kernels.gates import gate_range
@@ -25,8 +26,6 @@ from onnxq.weight_only import in_blocks, unfit
 
 __all__ = ["Calibrate"]
 
-# Bias integers stay below 2^30, so that adding the products cannot overflow int32.
-BIAS_LIMIT = float(1 << 30)
 # Sharing a Concat's scale may raise the noise that an input's other readers see by this factor.
 SHARED_NOISE = 1.5
 # Values from which on the range of a single channel is believed, and for each sample, so that
@@ -230,13 +229,9 @@ class Calibrate:
             encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))
         x = model.encodings.get(layer.x.name)
         if x is not None and layer.op in ("Conv", "Gemm"):
-            bias = np.zeros(1) if layer.bias is None else finite(model, layer.bias_tensor)
-            leaving, last = model.encodings.get(end.name), producer(end)
-            if leaving is not None and leaving.axis is not None:
-                bias = bias + leaving.scale * leaving.zero_point
-            elif leaving is not None and last is not None and last.op == "Min":
-                bias = np.abs(bias) + leaving.high  # as far as a bound per channel may shift it
-            encoding = guard_bias(encoding, bias, float(x.scale))
+            if layer.bias is not None:
+                finite(model, layer.bias_tensor)
+            encoding = guard_bias(encoding, written_bias(layer, end), float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
     def _weight_encoding(self, layer: Layer, values: np.ndarray) -> Encoding:
@@ -474,24 +469,6 @@ def _silu(x: np.ndarray) -> np.ndarray:
 def _hard_swish(x: np.ndarray, *, slope: float, offset: float) -> np.ndarray:
     y: np.ndarray = x * np.clip(slope * x + offset, 0, 1)
     return y
-
-
-def guard_bias(encoding: Encoding, bias: np.ndarray, x_scale: float) -> Encoding:
-    """Raise weight scales until the int32 bias, scale s_x * s_w, stays below 2^30.
-
-    Args:
-        encoding: Of the weight, per tensor or per channel.
-        bias: One value per output channel, or one for all.
-        x_scale: Scale of the layer's input.
-    """
-    needed = np.abs(np.asarray(bias, np.float64).reshape(-1)) / (x_scale * BIAS_LIMIT)
-    if encoding.axis is None:
-        needed = needed.max(initial=0.0)
-    if np.all(needed <= encoding.scale):
-        return encoding
-    return replace(
-        encoding, scale=np.maximum(encoding.scale, needed * (1 + 1e-6)).astype(np.float32)
-    )
 
 
 def _check_constants(model: Model, placement: Placement) -> None:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from onnxq.kernels.annealing import anneal, objective
 from onnxq.kernels.scales import (
     output_scale,
     output_scales,
@@ -11,6 +10,7 @@ from onnxq.kernels.scales import (
     refit_scales,
     searched_scales,
 )
+from onnxq.kernels.tabu import objective, tabu_search
 
 
 def problem(lead, seed):
@@ -87,7 +87,7 @@ def test_searched_scales_are_those_of_the_best_rounding(lead):
     got = searched_scales(weight, zero, -8, 7, gram, linear, around=around, shares=shares)
 
     def cost(scale):  # 9 weights a row: solved exactly
-        values = anneal(weight, scale.astype(np.float32), zero, -8, 7, gram, linear)
+        values = tabu_search(weight, scale.astype(np.float32), zero, -8, 7, gram, linear)
         return objective(values.astype(np.float64) - weight, gram, linear)
 
     costs = np.array([cost(around * share) for share in shares])

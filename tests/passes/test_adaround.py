@@ -43,7 +43,7 @@ def error(proto, model, data):
     return np.square(differences(proto, model, data)).mean()
 
 
-@pytest.mark.parametrize("solver", ["annealing", "relaxation"])
+@pytest.mark.parametrize("solver", ["tabu", "relaxation"])
 @pytest.mark.parametrize("sequential", [True, False])
 @pytest.mark.parametrize("weights", ["int8/channel", "int8/tensor", "uint8"])
 @pytest.mark.parametrize("name", LAYERS)
@@ -162,7 +162,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, seq
     changes = step.apply(model, Context(data, resume=tmp_path))
     assert changes.done == [
         "2 weights taken up from an earlier run",
-        "2 weights rounded by annealing",
+        "2 weights rounded by tabu",
     ]
     assert fingerprint(model) == fingerprint(whole)
     assert not [*tmp_path.rglob("*.part")]
@@ -177,7 +177,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch, seq
         (step, Context(data[1:], resume=tmp_path)),
     ):
         _, _, model, _ = net()
-        assert other[0].apply(model, other[1]).done == ["4 weights rounded by annealing"]
+        assert other[0].apply(model, other[1]).done == ["4 weights rounded by tabu"]
 
 
 def test_a_broken_checkpoint_is_named(tmp_path):
@@ -251,8 +251,9 @@ def test_more_time_gives_more_effort(monkeypatch):
         ctx.deadline = budget
         AdaRound(effort=0.5).apply(model, ctx)
         efforts[budget] = sum(seen)
-    assert efforts[20.0] < efforts[100.0] < efforts[1e6]
-    assert seen == [0.5, *[0.5 * module.MOST_EFFORT] * 3]
+    assert efforts[20.0] < efforts[100.0] <= efforts[1e6]
+    assert seen[0] == 0.5
+    assert max(seen) == 0.5 * module.MOST_EFFORT
 
 
 def test_fewer_samples_where_activations_would_take_too_much():
@@ -318,7 +319,7 @@ def test_what_it_declines():
     changes = AdaRound().apply(model, ctx)
     assert {*reasons(changes)} == {"one", "two"}
     assert all("shared" in why for why in reasons(changes).values())
-    assert changes.done == ["1 weights rounded by annealing"]
+    assert changes.done == ["1 weights rounded by tabu"]
 
 
 def test_a_weight_on_the_left_is_declined():

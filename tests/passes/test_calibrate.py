@@ -6,12 +6,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from onnxq.analysis.distribution import propagate
+from onnxq.biases import BIAS_LIMIT, guard_bias
 from onnxq.encoding import SMALLEST_SCALE, Encoding, limits
 from onnxq.errors import CalibrationError, ModelError, RecipeError, TargetError
 from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
 from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
-from onnxq.passes.calibrate import BIAS_LIMIT, ZERO_WEIGHT, guard_bias
+from onnxq.passes.calibrate import ZERO_WEIGHT
 from tests import models
 from tests.checks import reasons, run
 from tests.models import parse

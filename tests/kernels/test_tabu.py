@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.kernels.annealing import anneal, choices, objective
 from onnxq.kernels.quantize import fake_quantize
+from onnxq.kernels.tabu import choices, objective, tabu_search
 
 
 def problem(rows, columns, seed, *, rank=None, linear=False, groups=None):
@@ -56,7 +56,7 @@ def test_choices_are_the_quantizer_s():
 @pytest.mark.parametrize("rank", [None, 2])
 def test_small_rows_are_solved_exactly(rank, linear):
     args, g0 = problem(6, 9, 3, rank=rank, linear=linear)
-    got = anneal(*args, g0)
+    got = tabu_search(*args, g0)
     low, high, _ = choices(*args[:-1])
     least = np.full(6, np.inf)
     for bits in itertools.product([False, True], repeat=9):
@@ -75,7 +75,7 @@ def test_small_rows_are_solved_exactly(rank, linear):
 )
 def test_no_row_is_worse_than_nearest(rows, columns, seed, rank, linear, groups):
     args, g0 = problem(rows, columns, seed, rank=rank, linear=linear, groups=groups)
-    got = anneal(*args, g0, sweeps=20)
+    got = tabu_search(*args, g0, sweeps=20)
     low, high, nearest = choices(*args[:-1])
     assert got.dtype == np.float32
     assert np.all((got == low) | (got == high))
@@ -98,7 +98,7 @@ def relu_problem(rows, columns, seed):
 def test_wider_rows_come_near_the_best():
     args, g0 = problem(4, 16, 5, rank=6, linear=True)
     low, high, _ = choices(*args[:-1])
-    found = cost(anneal(*args, g0), args, g0)
+    found = cost(tabu_search(*args, g0), args, g0)
     open_ = low != high
     for row in range(4):
         places = np.flatnonzero(open_[row])
@@ -112,7 +112,7 @@ def test_wider_rows_come_near_the_best():
 
 def test_it_beats_descent_by_far():
     args = relu_problem(24, 64, 9)
-    descended, searched = (cost(anneal(*args, sweeps=s), args, None).sum() for s in (0, None))
+    descended, searched = (cost(tabu_search(*args, sweeps=s), args, None).sum() for s in (0, None))
     nearest = cost(choices(*args[:-1]).nearest, args, None).sum()
     assert descended < 0.8 * nearest
     assert searched < 0.85 * descended
@@ -120,7 +120,7 @@ def test_it_beats_descent_by_far():
 
 def test_descent_ends_where_no_move_and_no_pair_improves():
     args, g0 = problem(5, 20, 11, rank=4, linear=True)
-    got = anneal(*args, g0, sweeps=0)
+    got = tabu_search(*args, g0, sweeps=0)
     low, high, _ = choices(*args[:-1])
     before = cost(got, args, g0)
     for pair in itertools.combinations_with_replacement(range(20), 2):
@@ -135,47 +135,47 @@ def test_no_row_is_worse_than_the_start(rows, columns, seed, sweeps):
     args, g0 = problem(rows, columns, seed, rank=3, linear=True)
     low, high, _ = choices(*args[:-1])
     start = np.where(np.random.default_rng(seed).random(low.shape) < 0.5, low, high)
-    got = anneal(*args, g0, start, sweeps=sweeps)
+    got = tabu_search(*args, g0, start, sweeps=sweeps)
     assert np.all(cost(got, args, g0) <= cost(start, args, g0))
 
 
 def test_a_good_start_is_kept():
     args, g0 = problem(6, 40, 2, linear=True)
-    good = anneal(*args, g0, sweeps=300)
-    again = anneal(*args, g0, good, sweeps=1)
+    good = tabu_search(*args, g0, sweeps=300)
+    again = tabu_search(*args, g0, good, sweeps=1)
     assert np.all(cost(again, args, g0) <= cost(good, args, g0))
 
 
 def test_threads_and_other_rows_change_nothing():
     args = relu_problem(40, 32, 4)
-    one = anneal(*args, seed=3)
-    np.testing.assert_array_equal(anneal(*args, seed=3, threads=3), one)
+    one = tabu_search(*args, seed=3)
+    np.testing.assert_array_equal(tabu_search(*args, seed=3, threads=3), one)
     weight, scale, zero, *rest = args
-    few = anneal(weight[:20], scale[:20], zero[:20], *rest, seed=3)
+    few = tabu_search(weight[:20], scale[:20], zero[:20], *rest, seed=3)
     assert np.mean(few == one[:20]) > 0.99  # but for the order of sums in BLAS
-    np.testing.assert_array_equal(anneal(*args, seed=3), one)
+    np.testing.assert_array_equal(tabu_search(*args, seed=3), one)
 
 
 def test_the_seed_decides():
     args = relu_problem(8, 96, 4)
-    first, second = (anneal(*args, seed=s, sweeps=2) for s in (3, 4))
+    first, second = (tabu_search(*args, seed=s, sweeps=2) for s in (3, 4))
     assert np.any(first != second)
 
 
 def test_groups_are_layers_of_their_own():
     args, g0 = problem(3, 18, 6, linear=True, groups=4)
     weight, scale, zero, qmin, qmax, gram = args
-    together = cost(anneal(*args, g0), args, g0).reshape(4, 3)
+    together = cost(tabu_search(*args, g0), args, g0).reshape(4, 3)
     for g in range(4):
         part = slice(3 * g, 3 * g + 3)
         alone = (weight[g], scale[part], zero[part], qmin, qmax, gram[g])
-        apart = cost(anneal(*alone, g0[g]), alone, g0[g])
+        apart = cost(tabu_search(*alone, g0[g]), alone, g0[g])
         np.testing.assert_allclose(together[g], apart, rtol=0.05, atol=1e-3)
 
 
 def test_reach_goes_further_within_the_grid():
     args = relu_problem(16, 24, 13)
-    near, far = anneal(*args), anneal(*args, reach=2)
+    near, far = tabu_search(*args), tabu_search(*args, reach=2)
     assert cost(far, args, None).sum() < cost(near, args, None).sum()
     steps = np.rint(far / args[1][:, None])
     np.testing.assert_allclose(steps * args[1][:, None], far, rtol=1e-6)
@@ -187,25 +187,25 @@ def test_reach_goes_further_within_the_grid():
 def test_constant_inputs_leave_their_weights_at_nearest():
     args = list(relu_problem(6, 20, 1))
     args[-1][:, 5] = args[-1][5, :] = 0
-    got = anneal(*args)
+    got = tabu_search(*args)
     np.testing.assert_array_equal(got[:, 5], choices(*args[:-1]).nearest[:, 5])
 
 
 def test_an_input_that_is_always_zero():
     args = (*relu_problem(3, 20, 1)[:-1], np.zeros((20, 20)))
-    np.testing.assert_array_equal(anneal(*args), choices(*args[:-1]).nearest)
+    np.testing.assert_array_equal(tabu_search(*args), choices(*args[:-1]).nearest)
 
 
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_units_do_not_matter(scale):
     args = relu_problem(5, 30, 7)
-    wanted = anneal(*args)
-    np.testing.assert_array_equal(anneal(*args[:-1], args[-1] * scale), wanted)
+    wanted = tabu_search(*args)
+    np.testing.assert_array_equal(tabu_search(*args[:-1], args[-1] * scale), wanted)
 
 
 def test_arguments_are_left_alone():
     args, g0 = problem(3, 14, 0, linear=True)
     kept = [np.copy(a) for a in (*args, g0)]
-    anneal(*args, g0, threads=2)
+    tabu_search(*args, g0, threads=2)
     for before, after in zip(kept, (*args, g0), strict=True):
         np.testing.assert_array_equal(before, after)

@@ -24,7 +24,7 @@ import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["Choices", "anneal", "choices", "objective", "usual_sweeps"]
+__all__ = ["Choices", "choices", "objective", "tabu_search", "usual_sweeps"]
 
 # Moves per weight by default: so many over K, within limits, which makes the time per weight the
 # same for all layers.
@@ -65,7 +65,7 @@ def objective(error: np.ndarray, gram: np.ndarray, linear: np.ndarray | None = N
 
 
 def usual_sweeps(columns: int) -> float:
-    """Moves per weight of a row of so many that take about 2 us per weight on one core."""
+    """Moves per weight of a row of so many that take about 3 us per weight on one core."""
     return float(np.clip(MOVES / columns, FEWEST, MOST))
 
 
@@ -93,7 +93,7 @@ def choices(
     return Choices(*(q * s for q in _steps(weight, s, qmin - z, qmax - z)))
 
 
-def anneal(
+def tabu_search(
     weight: np.ndarray,
     scale: np.ndarray,
     zero: np.ndarray,
