@@ -219,8 +219,9 @@ def main() -> None:
     metavar="NAME|FILE",
     show_default="default, accurate, per-tensor, weight-only or data-free, as other options say",
     help="The passes to run: default, accurate (AdaRound, for weights of few bits), per-tensor"
-    " (channels evened out first, for targets with one scale per weight), weight-only (activations stay float), weight-only-nearest (the same"
-    " without samples), data-free, minmax (the plain scheme, for comparison), or a TOML file.",
+    " (channels evened out first, for targets with one scale per weight), weight-only (activations"
+    " stay float), weight-only-nearest (the same without samples), data-free, minmax (the plain"
+    " scheme, for comparison), or a TOML file.",
 )
 @_target
 @click.option(
