@@ -94,7 +94,7 @@ def searched_scales(
     *,
     around: np.ndarray,
     shares: Sequence[float] = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15),
-    sweeps: float = 2.0,
+    sweeps: float = 1.0,
     seed: int = 0,
     threads: int = 1,
 ) -> np.ndarray:
@@ -124,7 +124,17 @@ def searched_scales(
     for share in shares:
         scale = (np.asarray(around, np.float64) * share).astype(np.float32)
         values = tabu_search(
-            weight, scale, zero, qmin, qmax, gram, linear, sweeps=sweeps, seed=seed, threads=threads
+            weight,
+            scale,
+            zero,
+            qmin,
+            qmax,
+            gram,
+            linear,
+            sweeps=sweeps,
+            pairs=False,
+            seed=seed,
+            threads=threads,
         )
         cost = objective(values.astype(np.float64) - weight, gram, linear)
         best, least = np.where(cost < least, scale, best), np.minimum(cost, least)

@@ -104,6 +104,7 @@ def tabu_search(
     start: np.ndarray | None = None,
     *,
     sweeps: float | None = None,
+    pairs: bool = True,
     reach: int = 0,
     seed: int = 0,
     threads: int = 1,
@@ -123,6 +124,7 @@ def tabu_search(
         start: Values on the grid to start from, shaped as the weight.
         sweeps: Moves per weight; None for a number that takes about 3 us per weight on one core, 0
             for moves that improve alone.
+        pairs: Whether rounds end with a descent that tries pairs of moves.
         reach: Further searches, each of which may take a weight a step beyond.  Lowers the
             objective, but fits the noise of H where that comes from few samples.
         seed: Of the random rests; each row has a stream of its own.
@@ -139,7 +141,7 @@ def tabu_search(
     for i in range(1 + reach):
         if i > 0:
             problem.widen(best)
-        found = problem.search(best, sweeps, seed + i, threads)
+        found = problem.search(best, sweeps, pairs, seed + i, threads)
         best, least = _better(best, least, found, problem)
     return np.asarray(best * problem.scale).reshape(weight.shape)
 
@@ -214,7 +216,7 @@ class _Problem:
         return pull.astype(np.float32).reshape(-1, pull.shape[-1])
 
     def search(
-        self, first: np.ndarray, sweeps: float | None, seed: int, threads: int
+        self, first: np.ndarray, sweeps: float | None, pairs: bool, seed: int, threads: int
     ) -> np.ndarray:
         """Steps from zero that are about the best, from first ones."""
         groups, each, columns = self.weight.shape
@@ -243,7 +245,7 @@ class _Problem:
 
         for rest in RESTS if sweeps > 0 else ():
             shared(_search, states, sweeps / len(RESTS), rest)
-            if columns <= (PAIRED if rest == RESTS[-1] else PAIRED // 4):
+            if pairs and columns <= (PAIRED if rest == RESTS[-1] else PAIRED // 4):
                 shared(_descend)
         if sweeps == 0:
             shared(_descend)

@@ -89,9 +89,6 @@ name = "fold-batch-norm"
 name = "fold-dead-channels"
 
 [[pass]]
-name = "space-to-depth"
-
-[[pass]]
 name = "gate-equalization"
 
 [[pass]]
