@@ -25,6 +25,7 @@ from onnxq.model import Layer, Model, load
 from onnxq.model_io import external_files
 from onnxq.pass_manager import After, Changes, Context, Pass, PassManager
 from onnxq.passes import (
+    PASSES,
     Calibrate,
     Clean,
     CrossLayerEqualization,
@@ -483,7 +484,12 @@ def _watch(ranges: WeightRanges, steps: Sequence[Pass]) -> After:
 
 
 def _dumps(chosen: Recipe, target: Target) -> str:
-    return recipe.dumps(dataclasses.replace(chosen, target=target.name))
+    """The recipe as it was run; passes of the caller's own are no more than named."""
+    kinds = {id(p): PASSES.get(p.name, "").rpartition(":")[2] for p in chosen.passes}
+    known = tuple(p for p in chosen.passes if type(p).__name__ == kinds[id(p)])
+    text = recipe.dumps(dataclasses.replace(chosen, target=target.name, passes=known))
+    own = [p.name for p in chosen.passes if not any(p is k for k in known)]
+    return text + (f"\n# and passes that onnxq does not name: {', '.join(own)}\n" if own else "")
 
 
 def _check_output(path: Path) -> None:

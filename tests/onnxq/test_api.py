@@ -324,3 +324,25 @@ def test_equalize_model_keeps_the_function_and_the_model():
     wanted, got = (Session(m.to_proto()).run(feed)["logits"] for m in (model, even))
     noise = np.square(got - wanted).mean() / np.square(wanted).mean()
     assert noise < 1e-4  # equalization is exact, absorption gives up what hardly ever occurs
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Own:
+    """A pass of the caller's own."""
+
+    name = "own"
+
+    def apply(self, model, ctx):
+        return Changes()
+
+
+def test_passes_of_the_callers_own_run_and_are_named(tmp_path):
+    """Nothing but their names is known to whoever reads the recipe in the file."""
+    proto = models.parse("g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w> { y = Conv(x, w) }")
+    known = onnxq.recipe.load("minmax").passes
+    chosen = onnxq.Recipe(passes=(Own(), onnxq.PassManager(known[0]), *known))
+    model, report = onnxq.run(chosen, onnxq.load(proto), tmp_path / "out.onnx", [models.feeds(proto)])
+    assert [p.name for p in report.passes][:2] == ["own", "clean"]
+    text = model.metadata["onnxq.recipe"]
+    assert text.endswith("# and passes that onnxq does not name: own, pass-manager\n")
+    assert onnxq.recipe.loads(text).passes == known
