@@ -71,6 +71,7 @@ def quantize(
     target: str | Target | None = None,
     weights: str | None = None,
     activations: str | None = None,
+    formats: Sequence[str] = (),
     method: str | None = None,
     exclude: Sequence[str] = (),
     limit: int | None = None,
@@ -97,6 +98,8 @@ def quantize(
         target: What the model is to run on; None: the recipe's.
         weights: Format of weights, such as int8/channel; None: the recipe's.
         activations: Format of activations, such as uint8, or float; None: the recipe's.
+        formats: Formats of the weights of some layers, such as ``first=int8/channel``, see the pass
+            `Calibrate`.
         method: How activation ranges are chosen; None: the recipe's.
         exclude: Globs on node names and operator types that stay in float.
         limit: Use at most so many samples.
@@ -123,8 +126,7 @@ def quantize(
     chosen = _recipe(recipe)
     wanted = {"weights": weights, "activations": activations, "method": method}
     given: dict[str, Any] = {k: v for k, v in wanted.items() if v is not None}
-    if exclude:
-        given["exclude"] = tuple(exclude)
+    given |= {k: tuple(v) for k, v in (("formats", formats), ("exclude", exclude)) if v}
     steps = _with_options(chosen.passes, given)
     if encodings is not None:
         steps = _with_encodings(steps, Path(encodings))

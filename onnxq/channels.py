@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq import ops
 from onnxq.model import Layer, Model, consumers, has_subgraph, is_standard
 
 __all__ = ["ChannelWalk", "Flow", "broadcasts"]
 
-# Read nothing but the shape.
-_SHAPES = frozenset({"Shape", "Size"})
 # The rules of all others look at their first input alone.
 _OF_SEVERAL = frozenset({"Add", "Concat", "Div", "Max", "Min", "Mul", "Sub", "Sum"})
 _REDUCTIONS = frozenset({"ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"})
@@ -73,7 +72,7 @@ class ChannelWalk(ABC):
             standard = is_standard(node) and not has_subgraph(node)
             if layer is not None and standard:
                 self._layer(layer)
-            elif standard and node.op in _SHAPES:
+            elif standard and node.op in ops.SHAPES:
                 continue
             elif not (standard and node.op in self.rules and self._follows(node)):
                 for tensor in node.inputs:

@@ -234,6 +234,16 @@ def main() -> None:
     " int4/block=32.",
 )
 @click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    metavar="SELECTOR=FMT",
+    help="Number format of the weights of some layers, as in --format first=int8/channel. SELECTOR"
+    " is first (the layers next to the model's inputs), last (next to its outputs), depthwise (the"
+    " convolutions with a group per channel), or a glob on names or operator types. Repeat it for"
+    " more; the last one that names a layer counts.",
+)
+@click.option(
     "--activations",
     metavar="FMT",
     show_default="uint8, or the recipe's",
@@ -284,7 +294,7 @@ def quantize(
     quiet: bool,
     **given: Any,
 ) -> None:
-    """Quantize a float model to integers.
+    r"""Quantize a float model to integers.
 
     IN is the float model, which is never changed. OUT is the integer model, standard ONNX, which
     appears whole or not at all. What stays in float is listed with the reason.
@@ -294,6 +304,8 @@ def quantize(
       onnxq quantize in.onnx out.onnx --calib photos/ --preprocess imagenet
       onnxq quantize in.onnx out.onnx --calib samples/ --exclude 'head.*'
       onnxq quantize in.onnx out.onnx --calib samples/ --weights int8/tensor
+      onnxq quantize in.onnx out.onnx --calib samples/ --weights int4/channel \
+        --format first=int8/channel --format depthwise=int8/channel
       onnxq quantize in.onnx out.onnx --data-free --preprocess imagenet
     """
     weight_only = given["activations"] == "float"

@@ -11,6 +11,7 @@ __all__ = [
     "ACTIVATIONS",
     "FUNCTIONS",
     "LAYERS",
+    "SHAPES",
     "LayerOp",
     "Window",
     "bias_input",
@@ -48,6 +49,9 @@ LAYERS = {
 
 # Element-wise functions that an integer operator before them takes over by saturation.
 ACTIVATIONS = frozenset({"Relu", "Clip"})
+
+# Operators that read nothing of their input but the shape.
+SHAPES = frozenset({"Shape", "Size"})
 
 # Functions of each value of their first input alone; further inputs are parameters.
 FUNCTIONS = frozenset(

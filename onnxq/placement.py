@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -63,8 +63,13 @@ class Placement:
     exits: dict[str, str] = field(default_factory=dict)
 
 
-def match_nodes(model: Model, globs: Sequence[str]) -> set[str]:
+def match_nodes(model: Model, globs: Sequence[str], words: Iterable[str] = ()) -> set[str]:
     """Names of the nodes whose name or operator type matches one of the globs.
+
+    Args:
+        model: The model.
+        globs: The globs.
+        words: What else may stand where they do, for near misses.
 
     Raises:
         RecipeError: A glob matches nothing; near misses are named.
@@ -74,7 +79,7 @@ def match_nodes(model: Model, globs: Sequence[str]) -> set[str]:
     for glob in globs:
         hits = {n for n, op in names.items() if _fits(n, glob) or _fits(op, glob)}
         if not hits:
-            near = difflib.get_close_matches(glob, [*names, *set(names.values())], 3, 0.5)
+            near = difflib.get_close_matches(glob, [*names, *set(names.values()), *words], 3, 0.5)
             hint = f"near: {', '.join(near)}" if near else "onnxq inspect lists the names"
             raise RecipeError(f"{glob!r} matches no node and no operator type", fix=hint)
         found |= hits

@@ -71,14 +71,19 @@ class Target:
         hint = did_you_mean(name, TARGETS, f"targets are {', '.join(TARGETS)}")
         raise TargetError(f"no target {name!r}", fix=hint)
 
-    def check(self, weights: Format, activations: Format) -> None:
+    def check(self, weights: Format, activations: Format, option: str = "--weights ") -> None:
         """Refuse formats for which the target has no integer kernels.
+
+        Args:
+            weights: Format of weights.
+            activations: Format of activations.
+            option: How the weights' format is given, up to the format, for the advice.
 
         Raises:
             TargetError: Names the rule and the nearest legal choice.
         """
         if activations.dtype == "float":
-            self._check_weight_only(weights)
+            self._check_weight_only(weights, option)
             return
         if activations.granularity != "tensor":
             raise TargetError(
@@ -96,10 +101,10 @@ class Target:
             raise TargetError(
                 f"{self.name} has no integer kernels for {weights} weights"
                 f" with {activations} activations",
-                fix=f"use --weights {' or '.join(legal)}",
+                fix=f"use {option}{' or '.join(legal)}",
             )
         if weights.granularity == "block":
-            fix = f"use --weights {weights.dtype}/channel"
+            fix = f"use {option}{weights.dtype}/channel"
             if self.weight_only:
                 fix += ", or --activations float"
             raise TargetError(f"{self.name} has no integer kernels for blocks of weights", fix=fix)
@@ -113,7 +118,7 @@ class Target:
             return [w for w, (bits, _) in DTYPES.items() if self.weight_only and bits <= 8]
         return [w for w in DTYPES if (activation, in_bytes(w)) in self.pairs]
 
-    def _check_weight_only(self, weights: Format) -> None:
+    def _check_weight_only(self, weights: Format, option: str) -> None:
         """Refuse weights that the target does not multiply by float activations."""
         if not self.weight_only:
             raise TargetError(
@@ -123,19 +128,19 @@ class Target:
         if weights.dtype == "float":
             raise TargetError(
                 "float weights and float activations leave nothing to quantize",
-                fix=f"use --weights int4/block=32, or --activations {self.activations[0]}",
+                fix=f"use {option}int4/block=32, or --activations {self.activations[0]}",
             )
         if weights.dtype not in self.weights("float"):
             raise TargetError(
                 f"{self.name} has no kernels for {weights} weights with float activations",
-                fix="use --weights int8/channel or int4/block=32",
+                fix=f"use {option}int8/channel or int4/block=32",
             )
         if weights.block and (weights.block < self.least_block or weights.block.bit_count() > 1):
             near = max(self.least_block, 1 << round(math.log2(weights.block)))
             raise TargetError(
                 f"{self.name} has kernels for blocks of {self.least_block} and more, powers of two,"
                 f" not of {weights.block}",
-                fix=f"use --weights {weights.dtype}/block={near}",
+                fix=f"use {option}{weights.dtype}/block={near}",
             )
 
 

@@ -15,6 +15,7 @@ from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, class_scores, widened
 from onnxq.biases import guard_bias, written_bias
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
+from onnxq.formats import LayerFormat
 from onnxq.kernels.gates import gate_range
 from onnxq.kernels.observe import moments, tally
 from onnxq.model import Layer, Model, consumers, producer
@@ -73,12 +74,19 @@ class Calibrate:
     floats, and no samples are read.  In blocks, neighbours along the inputs share a scale; a layer
     whose inputs are no multiple of the block has one scale per channel.
 
+    Layers may have `formats` of their own, SELECTOR=FORMAT.  A selector is a glob on node names and
+    operator types, or ``first`` (the layers that an input of the model reaches without another
+    layer in between), ``last`` (those from which an output is reached so) or ``depthwise`` (the
+    convolutions with a group per input channel).  Of entries that name the same layer the last one
+    counts; layers that share a weight, and are not of the same format, get a copy each.
+
     Refused, and left in float: what the target has no integer kernel for, weights and biases that
     are computed, what `exclude` names.
 
     Args:
         weights: Format of weights, such as int8/channel, int4/channel or int4/block=32.
         activations: Format of activations, such as uint8, or float.
+        formats: Formats of weights layer by layer, such as "first=int8/channel".
         method: minmax, moving-average, percentile, entropy (KL divergence, as TensorRT) or mse
             (least expected squared error, as AIMET's tf-enhanced).
         percentile: Share of values inside the range, in percent, for method percentile.
@@ -97,6 +105,7 @@ class Calibrate:
 
     weights: str = "int8/channel"
     activations: str = "uint8"
+    formats: tuple[str, ...] = ()
     method: Method = "mse"
     percentile: float = 99.999
     exclude: tuple[str, ...] = ()
@@ -106,15 +115,18 @@ class Calibrate:
     def __post_init__(self) -> None:
         Format.parse(self.weights)
         Format.parse(self.activations)
+        for text in self.formats:
+            LayerFormat.parse(text)
         check_method(self.method, self.percentile)
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Fill `model.encodings`."""
         changes = Changes()
-        ctx.target.check(Format.parse(self.weights), Format.parse(self.activations))
+        self._check_formats(ctx.target)
         model.raise_opset(13)  # the first with scales per axis
+        formats = self._weight_formats(model, changes)
         if Format.parse(self.activations).dtype == "float":
-            self._encode_weights_alone(model, ctx.target, changes)
+            self._encode_weights_alone(model, ctx.target, formats, changes)
             return changes
         placement = place(model, ctx.target, self.exclude)
         model.encodings.float_nodes = dict(placement.float_nodes)
@@ -126,13 +138,13 @@ class Calibrate:
         activations = measured.encode()
         activations.update(self._encode_exits(measured))
         model.encodings.replace(activations)
-        weights = self._encode_constants(model, placement)
+        encoded = self._encode_constants(model, placement, formats, changes)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
         if measured.known:
             estimates = sum(d.estimated for d in measured.known.values())
             how = f", {estimates} of them estimates" if estimates else ""
             changes.add(f"{len(measured.known)} ranges from batch normalization{how}")
-        changes.add(f"{weights} weights: {self.weights}")
+        self._count_weights(encoded, changes)
         if ctx.is_synthetic:
             changes.add(
                 f"ranges widened by {UNSEEN:g}, of class scores by {UNSEEN_CLASSES:g}:"
@@ -140,11 +152,38 @@ class Calibrate:
             )
         return changes
 
-    def _encode_weights_alone(self, model: Model, target: Target, changes: Changes) -> None:
+    def _check_formats(self, target: Target) -> None:
+        activations = Format.parse(self.activations)
+        target.check(Format.parse(self.weights), activations)
+        for entry in map(LayerFormat.parse, self.formats):
+            target.check(entry.format, activations, f"--format {entry.selector}=")
+
+    def _weight_formats(self, model: Model, changes: Changes) -> dict[str, Format]:
+        """Name of each layer -> the format of its weight."""
+        formats = {layer.name: Format.parse(self.weights) for layer in model.layers()}
+        for entry in map(LayerFormat.parse, self.formats):
+            names = entry.layers(model)
+            formats.update(dict.fromkeys(names, entry.format))
+            count = f"{len(names)} layers" if names else "the model has no such layer"
+            changes.add(f"{entry}: {count}")
+        return formats
+
+    def _count_weights(self, encoded: Sequence[Format], changes: Changes, how: str = "") -> None:
+        """Say how many weights have which format."""
+        wanted = Format.parse(self.weights)
+        changes.add(f"{encoded.count(wanted)} weights: {self.weights}{how}")
+        for other in dict.fromkeys(encoded):
+            if other != wanted:
+                changes.add(f"{encoded.count(other)} weights: {other}{how}")
+
+    def _encode_weights_alone(
+        self, model: Model, target: Target, formats: Mapping[str, Format], changes: Changes
+    ) -> None:
         excluded = match_nodes(model, self.exclude)
-        block = Format.parse(self.weights).block
-        count = 0
+        encoded = []
         for layer in model.layers():
+            wanted = formats[layer.name]
+            block = wanted.block
             why = "excluded" if layer.name in excluded else unfit(layer, target)
             stored = why is not None and self.weight_only == "all" and layer.name not in excluded
             if why is not None and not (stored and layer.weight.dtype == np.float32):
@@ -156,22 +195,14 @@ class Calibrate:
             if block and whole is not None:
                 changes.skip(layer.name, f"{whole}: one scale per channel")
             if block and whole is None:
-                encoding = self._blocks(layer, values)
+                encoding = _blocks(layer, values, wanted)
             else:
-                encoding = self._weight_encoding(layer, values)
+                encoding = self._weight_encoding(layer, values, wanted)
             if model.encodings.get(layer.weight_tensor.name, encoding) != encoding:
-                layer.set_weight(values)  # a copy: it is read along another axis
+                layer.set_weight(values)  # a copy: it is read along another axis, or otherwise
             model.encodings[layer.weight_tensor.name] = encoding
-            count += 1
-        changes.add(f"{count} weights: {self.weights}, activations in float")
-
-    def _blocks(self, layer: Layer, values: np.ndarray) -> Encoding:
-        wanted = Format.parse(self.weights)
-        axis = 1 - layer.channel_axis
-        shape = [*values.shape]
-        shape[axis : axis + 1] = [shape[axis] // wanted.block, wanted.block]
-        bound = np.abs(values.reshape(shape)).max(axis=axis + 1)
-        return Encoding.symmetric(bound, wanted.dtype, axis, wanted.block)
+            encoded.append(wanted)
+        self._count_weights(encoded, changes, ", activations in float")
 
     def _encode_exits(self, measured: _Activations) -> dict[str, Encoding]:
         """Encodings per channel for results of convolutions that leave the integers."""
@@ -191,8 +222,15 @@ class Calibrate:
             found[name] = Encoding.of_ranges(low, high, measured.format.dtype, axis=1)
         return found
 
-    def _encode_constants(self, model: Model, placement: Placement) -> int:
-        count = 0
+    def _encode_constants(
+        self,
+        model: Model,
+        placement: Placement,
+        formats: Mapping[str, Format],
+        changes: Changes,
+    ) -> list[Format]:
+        """Encode weights and operands; the formats that the weights were to have."""
+        encoded = []
         ends = Ends(model, placement.float_nodes)
         for node in model.graph.nodes:
             if node.name not in placement.nodes:
@@ -200,13 +238,17 @@ class Calibrate:
             layer = Layer.of(model, node)
             if layer is not None:
                 end = ends.of(layer.y, placement.nodes[node.name])
-                self._encode_weight(model, layer, end)
-                count += 1
+                wanted = formats[layer.name]
+                self._encode_weight(model, layer, end, wanted)
+                encoded.append(wanted)
+                if layer.side == 0 and wanted != Format.parse(self.weights):
+                    why = f"its weight is on the left: {self.activations}, not {wanted}"
+                    changes.skip(layer.name, why)
                 continue
             for index, tensor in enumerate(data_inputs(node, placement.nodes[node.name])):
                 if isinstance(tensor, gs.Constant):
                     self._encode_operand(model, node, index, tensor)
-        return count
+        return encoded
 
     def _encode_operand(self, model: Model, node: gs.Node, index: int, tensor: gs.Constant) -> None:
         """Of a constant that is added, multiplied or joined: as activations are written."""
@@ -217,13 +259,13 @@ class Calibrate:
             tensor = node.inputs[index] = model.constant(f"{tensor.name}.{node.name}", values)
         model.encodings[tensor.name] = encoding
 
-    def _encode_weight(self, model: Model, layer: Layer, end: gs.Tensor) -> None:
+    def _encode_weight(self, model: Model, layer: Layer, end: gs.Tensor, wanted: Format) -> None:
         """Of the weight of a layer, given the tensor that has the encoding of its result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
-        encoding = self._weight_encoding(layer, values)
+        encoding = self._weight_encoding(layer, values, wanted)
         if known is not None and (known.dtype, known.axis) != (encoding.dtype, encoding.axis):
-            layer.set_weight(values)  # a copy: it is read along another axis, or as an activation
+            layer.set_weight(values)  # a copy: it is read along another axis, or in another format
             known = None
         if known is not None:
             encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))
@@ -234,8 +276,7 @@ class Calibrate:
             encoding = guard_bias(encoding, written_bias(layer, end), float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
-    def _weight_encoding(self, layer: Layer, values: np.ndarray) -> Encoding:
-        wanted = Format.parse(self.weights)
+    def _weight_encoding(self, layer: Layer, values: np.ndarray, wanted: Format) -> Encoding:
         dtype = Format.parse(self.activations).dtype
         if layer.side == 0 and dtype != "float":  # on the left: one type and scale for that side
             return Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
@@ -252,6 +293,15 @@ class Calibrate:
         return Encoding.symmetric(
             np.where(np.isfinite(bound), bound, ZERO_WEIGHT), wanted.dtype, axis
         )
+
+
+def _blocks(layer: Layer, values: np.ndarray, wanted: Format) -> Encoding:
+    """Of a weight whose neighbours along the inputs share a scale."""
+    axis = 1 - layer.channel_axis
+    shape = [*values.shape]
+    shape[axis : axis + 1] = [shape[axis] // wanted.block, wanted.block]
+    bound = np.abs(values.reshape(shape)).max(axis=axis + 1)
+    return Encoding.symmetric(bound, wanted.dtype, axis, wanted.block)
 
 
 def _many_values(known: TensorStatistics, channels: int) -> bool:

@@ -561,6 +561,23 @@ OPTIONS = {
     ),
     "glob": (digits("--exclude", "Cnov"), ["'Cnov' matches no node", "near: ", "Conv"]),
     "glob like nothing": (digits("--exclude", "qq*"), ["'qq*' matches no node", "onnxq inspect"]),
+    "format of layers": (
+        digits("--format", "first"),
+        ["'first' is not SELECTOR=FORMAT", "first=int8/channel"],
+    ),
+    "format of layers that is none": (
+        digits("--format", "first=in8"),
+        ["no number format 'in8'", "format first=in8", "did you mean int8?"],
+    ),
+    "format of no layers": (digits("--format", "Rleu=int8"), ["'Rleu' matches no node", "Relu"]),
+    "format of what has no weights": (
+        digits("--format", "Relu=int8"),
+        ["'Relu' matches", "none with constant weights", "format Relu=int8", "Conv"],
+    ),
+    "format without kernels": (
+        digits("--format", "first=int16"),
+        ["no integer kernels for int16", "use --format first=int8"],
+    ),
     "seed": (digits("--seed", "-1"), ["seed: wanted 0 or more, got -1"]),
     "threads": (digits("--threads", "100000"), ["threads: wanted 0", "got 100000"]),
     "missing encodings": (digits("--encodings", "{}/e.json"), ["no such file", "e.json", "check"]),

@@ -20,8 +20,6 @@ from onnxq.model import Layer, Model, consumers, has_subgraph, is_standard
 
 __all__ = ["RECTIFIERS", "Carried", "Offsets", "Reach", "per_channel", "trace"]
 
-# Read nothing but the shape.
-_SHAPES = frozenset({"Shape", "Size"})
 # What leaves x - c as it is while x > c > 0.
 RECTIFIERS = frozenset({"Clip", "LeakyRelu", "PRelu", "Relu"})
 
@@ -143,7 +141,7 @@ class _Trace:
         main = {id(n) for n in nodes}
         for node in nodes[start + 1 :]:
             read = [self.flows[id(t)] for t in node.inputs if id(t) in self.flows]
-            if not read or node.op in _SHAPES:
+            if not read or node.op in ops.SHAPES:
                 continue
             result = self._through(node, read)
             if isinstance(result, str):

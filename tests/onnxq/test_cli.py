@@ -62,6 +62,27 @@ def test_low_bits_are_shown(tmp_path):
     assert line.split("weights", 1)[1].strip() in onnxq("inspect", out).stdout
 
 
+def test_formats_of_layers_are_shown(tmp_path):
+    out, facts = tmp_path / "q.onnx", tmp_path / "q.json"
+    result = onnxq(
+        "quantize", MODEL, out, "--calib", CALIB, "--limit", 16, "--weights", "int4/channel",
+        "--recipe", "default", "--format", "first=int8/channel", "--format", "last=int8/channel",
+        "--format", "depthwise=int8/channel", "--json", facts,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    lines = [x for x in result.stdout.splitlines() if x.split()[:1] == ["weights"]]
+    assert any("8-bit, int8 in the file" in x for x in lines)
+    assert any("4-bit, packed in the file, unpacked to int8" in x for x in lines)
+    assert "100.0 %" in next(x for x in result.stdout.splitlines() if "MACs in integers" in x)
+    (step,) = (p for p in json.loads(facts.read_text())["passes"] if p["name"] == "calibrate")
+    assert step["options"]["formats"] == [
+        *("first=int8/channel", "last=int8/channel", "depthwise=int8/channel")
+    ]
+    counts = dict(reversed(line.split(" weights: ")) for line in step["done"] if "weights:" in line)
+    eight, four = (next(x.split()[1] for x in lines if f"{n}-bit" in x) for n in (8, 4))
+    assert counts == {"int8/channel": eight, "int4/channel": four}
+
+
 def test_weights_alone_need_no_samples(tmp_path):
     out, facts = tmp_path / "q.onnx", tmp_path / "q.json"
     result = onnxq("quantize", MODEL, out, "--activations", "float", "--json", facts)
@@ -107,6 +128,8 @@ def test_inspect_and_passes(tmp_path):
         ({"out": "nowhere/out.onnx"}, "no such folder"),
         ({"extra": ["--exclude", "Cnov"]}, "matches no node"),
         ({"extra": ["--weights", "int9"]}, "no number format"),
+        ({"extra": ["--format", "first"]}, "'first' is not SELECTOR=FORMAT; write first, last"),
+        ({"extra": ["--format", "last=int16"]}, "use --format last=int8"),
         ({"extra": ["--weights", "int16/channel"]}, "no integer kernels"),
         ({"extra": ["--method", "mes"]}, "mse"),
         ({"extra": ["--target", "ort-cup"]}, "ort-cpu"),
