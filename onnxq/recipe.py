@@ -90,6 +90,7 @@ name = "fold-dead-channels"
 
 [[pass]]
 name = "gate-equalization"
+levels = 12.0
 
 [[pass]]
 name = "calibrate"

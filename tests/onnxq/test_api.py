@@ -1,5 +1,6 @@
 """The verbs as functions: files appear whole or not at all, errors say what to mend."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from onnxq.errors import (
     RecipeError,
     TargetError,
 )
+from onnxq.pass_manager import Changes
 from onnxq.passes import Calibrate, InsertQDQ
 from onnxq.recipe import Recipe
 from onnxq.runtime import Session
@@ -338,10 +340,14 @@ class Own:
 
 def test_passes_of_the_callers_own_run_and_are_named(tmp_path):
     """Nothing but their names is known to whoever reads the recipe in the file."""
-    proto = models.parse("g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w> { y = Conv(x, w) }")
+    proto = models.parse(
+        "g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w> { y = Conv(x, w) }"
+    )
     known = onnxq.recipe.load("minmax").passes
     chosen = onnxq.Recipe(passes=(Own(), onnxq.PassManager(known[0]), *known))
-    model, report = onnxq.run(chosen, onnxq.load(proto), tmp_path / "out.onnx", [models.feeds(proto)])
+    model, report = onnxq.run(
+        chosen, onnxq.load(proto), tmp_path / "out.onnx", [models.feeds(proto)]
+    )
     assert [p.name for p in report.passes][:2] == ["own", "clean"]
     text = model.metadata["onnxq.recipe"]
     assert text.endswith("# and passes that onnxq does not name: own, pass-manager\n")
