@@ -13,7 +13,7 @@ from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import PatchSource
 from onnxq.runtime import Session, cores
-from onnxq.second_order import Accumulator, SecondOrder, collect, input_session, takes_bias
+from onnxq.second_order import Accumulator, SecondOrder, collect, input_session, pick, takes_bias
 from onnxq.simulation import input_name, simulated
 
 __all__ = ["LayerInputs", "patches_for", "statistics_bytes"]
@@ -105,7 +105,7 @@ class LayerInputs:
         Raises:
             CalibrationError: A value is not finite.
         """
-        index = next(i for i, known in enumerate(self._layers) if known.name == layer.name)
+        index = self._index(layer)
         if self._frontiers is None:
             if layer.name not in self._known:
                 self._known = self._collect(index)
@@ -116,6 +116,28 @@ class LayerInputs:
         found = self._add_up(layer, source, self._rng(index))
         self._last = source, found
         return found
+
+    def draw(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
+        """Patches of a layer without groups that was measured last: of x', of x; float32 [P, K].
+
+        Only where the layers are done sequentially.
+        """
+        assert self._frontiers is not None
+        source = PatchSource.of(layer)
+        rng = self._rng(self._index(layer))
+        each = self._each(source)
+        floats, ints = self._frontiers
+        pairs = zip(
+            ints.values(input_name(self._simulated, layer)),
+            floats.values(layer.x.name),
+            strict=True,
+        )
+        drawn = []
+        for x, reference in pairs:
+            picked = pick(source.positions(x), each, rng)
+            drawn.append((source.draw(x, picked), source.draw(reference, picked)))
+        x, reference = (np.concatenate(part)[:, 0] for part in zip(*drawn, strict=True))
+        return x, reference
 
     def settle(self, layer: Layer) -> None:
         """Let the layers that follow meet what this one now makes of its input."""
@@ -162,9 +184,7 @@ class LayerInputs:
         inner = input_name(self._simulated, layer)
         floats.advance(layer.x.name)
         ints.advance(inner)
-        wanted = patches_for(source.columns, self._patches)
-        each = max(1, -(-wanted // max(len(self.samples), 1)))
-        total = Accumulator(source, each, rng, shifted=True, halves=True)
+        total = Accumulator(source, self._each(source), rng, shifted=True, halves=True)
         pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
         if self._threads == 1:
             total.add_all(pairs)
@@ -172,6 +192,14 @@ class LayerInputs:
             with ThreadPoolExecutor(self._threads) as pool:
                 total.add_all(pairs, pool.map)
         return total.result()
+
+    def _index(self, layer: Layer) -> int:
+        return next(i for i, known in enumerate(self._layers) if known.name == layer.name)
+
+    def _each(self, source: PatchSource) -> int:
+        """Patches to draw of each sample."""
+        wanted = patches_for(source.columns, self._patches)
+        return max(1, -(-wanted // max(len(self.samples), 1)))
 
     # ---------------------------------------------------------------------- from the float model
 

@@ -36,7 +36,7 @@ class Silent:
 
 
 class Lines:
-    """A plain line on stderr when a task starts, every five seconds, and when it ends."""
+    """A plain line on stderr every five seconds, with the time that remains, and at the end."""
 
     def __init__(self, every_s: float = 5.0) -> None:
         self.every_s = every_s
@@ -52,7 +52,11 @@ class Lines:
             done += steps
             if time.monotonic() - last >= self.every_s:
                 last = time.monotonic()
-                self.say(f"{what}: {done}" + (f" of {total}" if total else ""))
+                line = f"{what}: {done}"
+                if total and 0 < done <= total:
+                    left = (last - start) * (total - done) / done
+                    line += f" of {total}, about {left:.0f} s left"
+                self.say(line)
 
         yield advance
         self.say(f"{what}: done, {time.monotonic() - start:.1f} s")

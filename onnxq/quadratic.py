@@ -177,18 +177,20 @@ class Quadratic:
         return np.where(wins, other, one)
 
 
-def settle(layer: Layer, rounded: np.ndarray, statistics: SecondOrder, scale: np.ndarray) -> None:
+def settle(
+    layer: Layer, rounded: np.ndarray, statistics: SecondOrder | None, scale: np.ndarray
+) -> None:
     """Give a layer its rounded weight, the scales, and the bias that goes with them.
 
     Args:
         layer: The layer, its weight still in float.
         rounded: Values on the grid, [G, R, K].
-        statistics: Of its input.
+        statistics: Of its input; None leaves the bias as it is.
         scale: Scale of each row, [G * R].
     """
     name = layer.weight_tensor.name
     encoding: Encoding = layer.model.encodings[name]
-    if takes_bias(layer):
+    if statistics is not None and takes_bias(layer):
         correct_bias(layer, rounded, statistics)
     layer.set_weight(weight_of(layer, rounded).astype(np.float32))
     known = encoding.scale if encoding.axis is not None else scale[:1].reshape(())

@@ -34,6 +34,7 @@ __all__ = [
     "correct_bias",
     "input_session",
     "patches_per_sample",
+    "pick",
     "rows_of",
     "supports",
     "takes_bias",
@@ -194,7 +195,7 @@ class Accumulator:
     def _picked(self, pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Iterator[_Picked]:
         for x, reference in pairs:
             positions = self._source.positions(x)
-            yield x, reference, positions, _pick(positions, self._patches, self._rng)
+            yield x, reference, positions, pick(positions, self._patches, self._rng)
 
     def _drawn(self, given: _Picked) -> tuple[int, _Pair, _Pair]:
         """How many patches a sample has, their sums, and some of them: of x' and of x."""
@@ -407,7 +408,8 @@ def _by_layer(layers: Sequence[Layer], found: Mapping[PatchSource, _T | None]) -
     return {name: result for name, result in results if result is not None}
 
 
-def _pick(positions: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+def pick(positions: int, wanted: int, rng: np.random.Generator) -> np.ndarray:
+    """The positions of about so many patches, in order: all where there are no more."""
     if positions <= wanted:
         return np.arange(positions)
     return np.sort(rng.integers(0, positions, wanted))

@@ -12,14 +12,16 @@ import numpy as np
 
 from onnxq.checkpoint import Checkpoint, fingerprint
 from onnxq.errors import RecipeError
-from onnxq.kernels.relaxation import Relaxation, relax
+from onnxq.kernels.relaxation import Relaxation, relax, relax_activated
 from onnxq.kernels.tabu import tabu_search, usual_sweeps
 from onnxq.layer_inputs import LayerInputs, statistics_bytes
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context, options
 from onnxq.patches import supports
+from onnxq.placement import Ends, activation_bounds
 from onnxq.quadratic import Quadratic, settle
 from onnxq.runtime import cores
+from onnxq.targets import Kernel
 from onnxq.version import __version__
 
 __all__ = ["AdaRound"]
@@ -73,6 +75,8 @@ class AdaRound:
         effort: Moves of the tabu search, as a multiple of a number that takes about 3 us per weight
             on one core.
         iterations: Steps of the relaxation.
+        activation: Whether the relaxation takes the error behind the Relu or Clip that follows a
+            layer without groups, from `patches` samples in place of H.
         memory_mb: Megabytes that activations and statistics may take each; where more would be
             needed, fewer samples are used.
 
@@ -88,6 +92,7 @@ class AdaRound:
     patches: int = 16384
     effort: float = 1.0
     iterations: int = 10_000
+    activation: bool = False
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
@@ -96,6 +101,8 @@ class AdaRound:
                 raise RecipeError(f"{name}: wanted at least 1, got {getattr(self, name)}")
         if not self.effort > 0:
             raise RecipeError(f"effort: wanted more than 0, got {self.effort}")
+        if self.activation and not (self.solver == "relaxation" and self.sequential):
+            raise RecipeError("activation: wanted solver relaxation, and sequential")
         if self.samples < 0:
             raise RecipeError(f"samples: wanted 0 or more, got {self.samples}")
 
@@ -189,8 +196,16 @@ class AdaRound:
         threads = min(ctx.threads, cores()) or cores()
         if self.scales == "output-error":
             problem = problem.with_scale(problem.best_scale(start, threads))
+        bounds = _bounds(layer) if self.activation else None
         with clock.searching(index) as effort:
-            rounded = self._search(problem, effort, start, threads)
+            if bounds is None:
+                rounded = self._search(problem, effort, start, threads)
+            else:
+                drawn = inputs.draw(layer)
+                rounded = self._search_behind(problem, layer, drawn, bounds, start, threads)
+        if bounds is not None:  # the bias was a part of what was searched with
+            settle(layer, rounded, None, problem.scale)
+            return None
         if self.scales == "output-error":
             problem, rounded = problem.refitted(rounded)
         settle(layer, rounded, statistics, problem.scale)
@@ -206,6 +221,43 @@ class AdaRound:
         return tabu_search(
             *given, problem.gram, problem.linear, sweeps=sweeps, seed=seed, threads=threads
         )
+
+    def _search_behind(
+        self,
+        problem: Quadratic,
+        layer: Layer,
+        drawn: tuple[np.ndarray, np.ndarray],
+        bounds: tuple[float, float],
+        seed: int,
+        threads: int,
+    ) -> np.ndarray:
+        """The same with the error taken behind the activation function, [1, R, K]."""
+        bias = np.zeros(problem.scale.shape) if layer.bias is None else layer.bias.reshape(-1)
+        found = relax_activated(
+            problem.rows[0],
+            problem.scale,
+            problem.zero,
+            problem.qmin,
+            problem.qmax,
+            patches=drawn[1],
+            quantized=drawn[0],
+            bias=bias.astype(np.float32),
+            low=bounds[0],
+            high=bounds[1],
+            seed=seed,
+            options=Relaxation(iterations=self.iterations),
+            threads=threads,
+        )
+        return found[None]
+
+
+def _bounds(layer: Layer) -> tuple[float, float] | None:
+    """Of the Relu or Clip behind a layer without groups; None where there is none."""
+    if layer.group != 1:
+        return None
+    ends = Ends(layer.model, layer.model.encodings.float_nodes)
+    node = ends.absorbed(layer.y, Kernel("layer"))
+    return None if node is None else activation_bounds(layer.model, node)
 
 
 class _Clock:

@@ -58,6 +58,52 @@ def test_outputs_are_better_than_by_rounding_to_nearest(name, weights, sequentia
     assert error(proto, model, data) < 0.9 * plain
 
 
+@pytest.mark.parametrize("weights", ["int4/channel", "int3/channel", "int2/tensor", "uint4/tensor"])
+@pytest.mark.parametrize("name", ["conv", "depthwise", "gemm", "matmul"])
+def test_few_bits(name, weights):
+    proto = parse(LAYERS[name])
+    data = samples(proto)
+    model, ctx = coarse(proto, data, factor=1.0, weights=weights)
+    plain = error(proto, nearest(model), data)
+    AdaRound().apply(model, ctx)
+    assert error(proto, model, data) < 0.9 * plain
+    layer = model.layers()[0]
+    encoding = model.encodings[layer.weight_tensor.name]
+    assert encoding.dtype == weights.partition("/")[0]
+    on_grid = encoding.fake_quantize(layer.weight)
+    np.testing.assert_allclose(on_grid, layer.weight, rtol=1e-6, atol=1e-7)
+
+
+def test_the_error_behind_the_activation():
+    """Where most outputs are cut off, what they would have been costs little."""
+    proto = parse(
+        "g (float[N,4,9,9] x) => (float[] y) <float[6,4,3,3] w, float[6] b>"
+        "{ c = Conv(x, w, b) y = Relu(c) }",
+        b=np.full(6, -12.0),
+    )
+    data = samples(proto, 30)
+    model, ctx = coarse(proto, data)
+    behind, before = error(proto, nearest(model), data), {}
+    for activation in (False, True):
+        copy = model.clone()
+        step = AdaRound(solver="relaxation", iterations=1500, scales="given", activation=activation)
+        step.apply(copy, ctx)
+        assert error(proto, copy, data) < 0.9 * behind
+        wide, exact = (load(m).to_proto(["c"]) for m in (copy, proto))
+        before[activation] = np.mean(
+            [np.square(run(wide, f)["c"] - run(exact, f)["c"]).mean() for f in data]
+        )
+    assert before[True] > 1.05 * before[False]
+    np.testing.assert_array_equal(copy.layers()[0].bias, model.layers()[0].bias)
+
+
+def test_the_error_behind_the_activation_takes_samples_and_gradients():
+    with pytest.raises(RecipeError, match="activation: wanted solver relaxation, and sequential"):
+        AdaRound(activation=True)
+    with pytest.raises(RecipeError, match="activation: wanted solver relaxation, and sequential"):
+        AdaRound(activation=True, solver="relaxation", sequential=False)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_weights_are_one_step_from_where_they_were(name):
     proto = parse(LAYERS[name])
