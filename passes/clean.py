@@ -67,8 +67,8 @@ class Clean:
        one at a time, and their outputs become constants.
     2. Operators that give back their input: Identity, Dropout in inference, Cast to the same type,
        Reshape to the same shape, Flatten of a matrix, Transpose in the same order, Pad by nothing,
-       Concat, Sum, Mean, Max and Min of one tensor, + 0, - 0, * 1 and / 1 with one value that
-       does not change the rank.
+       GlobalAveragePool over one position, Concat, Sum, Mean, Max and Min of one tensor, + 0, - 0,
+       * 1 and / 1 with one value that does not change the rank.
     3. Gemm: alpha goes into the constant weight, beta into the constant bias, and a bias of one
        value or of shape [1, N] becomes [N].  onnxruntime runs a Gemm in integers only if beta is 1.
     4. Operators that no output needs, before and after.
@@ -94,6 +94,8 @@ class Clean:
         changes = Changes()
         if dead := model.cleanup():
             changes.add(f"{dead} operators that no output needs removed")
+        if any(n.op == "GlobalAveragePool" for n in model.graph.nodes):
+            model.infer()  # over how many positions?
         for node in [*model.graph.nodes]:
             if not is_standard(node) or has_subgraph(node):
                 continue
@@ -261,6 +263,11 @@ def _pad(model: Model, node: gs.Node) -> bool:
     return pads is not None and not pads.any()
 
 
+def _pool(model: Model, node: gs.Node) -> bool:
+    shape = node.inputs[0].shape
+    return shape is not None and len(shape) > 2 and all(extent == 1 for extent in shape[2:])
+
+
 def _alone(model: Model, node: gs.Node) -> bool:
     return len(node.inputs) == 1
 
@@ -290,6 +297,7 @@ _NEUTRAL: dict[str, Callable[[Model, gs.Node], bool]] = {
     "Transpose": _transpose,
     "Flatten": _flatten,
     "Pad": _pad,
+    "GlobalAveragePool": _pool,
     **dict.fromkeys(("Concat", "Sum", "Mean", "Max", "Min"), _alone),
     "Add": _with(0, commutes=True),
     "Mul": _with(1, commutes=True),

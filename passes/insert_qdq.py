@@ -15,6 +15,7 @@ from onnxq.model import Layer, Model, consumers, producer, rewire
 from onnxq.ops import FUNCTIONS, bias_input
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, data_inputs, gate_scales, integer_nodes
+from onnxq.row_blocks import split_rows
 from onnxq.targets import Kernel, Storage
 from onnxq.weight_only import weight_only, write
 
@@ -77,6 +78,14 @@ class InsertQDQ:
         A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime
         fuses no weight before a Relu or Clip.
 
+    13. Where a convolution steps along one row, as of sound, and reads parts of it that are joined,
+        as those of residual-input, neighbours become channels.  These are the same sums in the
+        order that integer kernels want, channels last, so nothing is transposed.  It takes b >= 8
+        that divides L and the stride, no padding, and a kernel of about whole blocks::
+
+            x [N, 1, L] -> parts -> Concat [N, p, L] -> Conv, stride s
+            x -> Reshape [N, L / b, b] -> parts -> Concat -> Transpose -> Conv, stride s / b
+
     Nothing is written around nodes that stay in float.
 
     Args:
@@ -102,7 +111,10 @@ class InsertQDQ:
             for n in [*model.graph.nodes]
             if n.name in nodes
         ]
-        if any(lowered):
+        split = [split_rows(model, layer) for layer in model.layers() if layer.name in nodes]
+        for what in filter(None, split):
+            changes.add(what)
+        if any(lowered) or any(split):
             nodes = integer_nodes(model, ctx.target)
         alone = weight_only(model, nodes)
         if not nodes and not alone:

@@ -326,6 +326,21 @@ def test_subgraphs_read_what_is_left():
 # ---------------------------------------------------------------------- Gemm
 
 
+@pytest.mark.parametrize(("length", "pools"), [(7, 0), (8, 1), ("L", 1)])
+def test_the_average_of_one_position(length, pools):
+    proto = models.parse(
+        f"""g (float[N,3,{length}] x) => (float[] y) <float[4,3,3] w> {{
+            c = Conv (x, w) m = MaxPool <kernel_shape=[5], strides=[1]> (c)
+            p = GlobalAveragePool (m) y = Flatten (p)
+        }}"""
+    )
+    model, changes = rewrite(Clean(), proto)
+    assert ops(model).count("GlobalAveragePool") == pools
+    assert bool(changes) != bool(pools)
+    feed = {"x": np.random.default_rng(3).normal(size=(2, 3, 8 - (length == 7))).astype("f")}
+    np.testing.assert_array_equal(run(model, feed)["y"], run(proto, feed)["y"])
+
+
 @pytest.mark.parametrize("bias", ["", "6", "1,6", "1", "1,1", "2,1", "2,6", "2,6 computed"])
 @pytest.mark.parametrize("attrs", ["", "transB=1, alpha=0.5", "beta=3.0", "alpha=0.5, beta=0.0"])
 def test_gemm(bias, attrs):

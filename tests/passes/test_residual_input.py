@@ -1,12 +1,14 @@
 """What quantization leaves of an input, fed along."""
 
 import numpy as np
+import onnx
 import pytest
 
 from onnxq import encodings_json
 from onnxq.model import load
 from onnxq.pass_manager import Context
 from onnxq.passes import GPTQ, Calibrate, InsertQDQ, LoadEncodings, ResidualInput
+from onnxq.runtime import Session
 from tests.checks import assert_same_function, ops, reasons, run
 from tests.models import parse
 
@@ -146,3 +148,68 @@ def test_the_halves_are_joined_in_integers(magnify):
         wanted = joined.quantize(run(floats, feed)["x.with_residue"])
         assert got.dtype == np.uint8
         np.testing.assert_array_equal(got, wanted)
+
+
+# convolution over one row, and the samples of it that become channels
+STEPS = {
+    "whole-blocks": ("<strides=[16]>", 48, 160, 16),
+    "filled-up": ("<strides=[16], kernel_shape=[40], pads=[0,0]>", 40, 160, 16),
+    "half-steps": ("<strides=[16]>", 40, 168, 8),
+    "much-to-fill-up": ('<strides=[16], auto_pad="VALID">', 8, 160, 8),
+    "a-few-left": ("<strides=[16]>", 40, 165, 0),
+    "short-steps": ("<strides=[4]>", 8, 160, 0),
+    "padded": ("<strides=[16], pads=[16,16]>", 48, 160, 0),
+    "padded-as-needed": ('<strides=[16], auto_pad="SAME_UPPER">', 48, 160, 0),
+    "dilated": ("<strides=[16], dilations=[2]>", 16, 160, 0),
+}
+
+
+def stepping(name):
+    attrs, taps, length, _ = STEPS[name]
+    rng = np.random.default_rng(7)
+    data = [
+        {"x": (rng.normal(size=(2, 1, length)) * a).astype(np.float32)}
+        for a in np.geomspace(1e-3, 1, 9)
+    ]
+    text = (
+        f"g (float[N,1,{length}] x) => (float[] y) <float[6,1,{taps}] w, float[6] b,"
+        f" float[4,6,1] v> {{ c = Conv{attrs}(x, w, b) r = Relu(c) y = Conv(r, v) }}"
+    )
+    return data, text
+
+
+def written(name):
+    _, model, ctx = calibrated(*stepping(name))
+    ResidualInput().apply(model, ctx)
+    model.revision += 1
+    InsertQDQ().apply(model, ctx)
+    return model
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_neighbours_become_channels(name, monkeypatch):
+    """To the bit what the convolution along the row gives."""
+    _, taps, _, block = STEPS[name]
+    blocks = written(name)
+    monkeypatch.setattr("onnxq.row_blocks.LEAST", 1000)
+    plain = written(name)
+    shapes = [
+        next(t.shape for n, t in m.tensors().items() if n == "w_quantized") for m in (plain, blocks)
+    ]
+    assert shapes[0] == (6, 2, taps)
+    assert shapes[1] == ((6, 2 * block, -(-taps // block)) if block else (6, 2, taps))
+    for feed in stepping(name)[0]:
+        wanted, got = (run(m, feed, "all")["y"] for m in (plain, blocks))
+        assert np.ptp(wanted) > 0
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_the_runtime_transposes_no_blocks(tmp_path):
+    found = {}
+    for name in ("filled-up", "a-few-left"):
+        path = tmp_path / f"{name}.onnx"
+        Session(written(name).to_proto(), threads=1, level="all", optimized_path=path)
+        kinds = ops(onnx.load(path))
+        found[name] = kinds[: kinds.index("QLinearConv")]
+    halves = ["QuantizeLinear", "DequantizeLinear", "Sub", "QuantizeLinear", "Concat"]
+    assert found == {"filled-up": ["Reshape", *halves], "a-few-left": [*halves, "Transpose"]}
