@@ -139,6 +139,15 @@ class LayerInputs:
         x, reference = (np.concatenate(part)[:, 0] for part in zip(*drawn, strict=True))
         return x, reference
 
+    def reach(self, layer: Layer) -> None:
+        """Move to the input of a layer, whether it is measured or not.
+
+        Stretches of other lengths are fused otherwise, and their floats differ in the last bits.
+        """
+        if self._frontiers is not None:
+            self._frontiers[0].advance(layer.x.name)
+            self._frontiers[1].advance(input_name(self._simulated, layer))
+
     def settle(self, layer: Layer) -> None:
         """Let the layers that follow meet what this one now makes of its input."""
         if self._frontiers is None:
@@ -182,8 +191,7 @@ class LayerInputs:
         assert self._frontiers is not None
         floats, ints = self._frontiers
         inner = input_name(self._simulated, layer)
-        floats.advance(layer.x.name)
-        ints.advance(inner)
+        self.reach(layer)
         total = Accumulator(source, self._each(source), rng, shifted=True, halves=True)
         pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
         if self._threads == 1:

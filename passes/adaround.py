@@ -137,6 +137,7 @@ class AdaRound:
                 for index, layer in enumerate(layers):
                     if checkpoint is not None and checkpoint.restore(layer, index):
                         kept += 1
+                        inputs.reach(layer)
                     elif clock.is_up:
                         changes.skip(layer.name, "the time was up; rounded to nearest")
                     elif reason := self._do(layer, index, inputs, clock, [seed, index], ctx):
