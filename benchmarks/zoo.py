@@ -61,12 +61,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--readme", action="store_true", help="put the table into README.md")
     args = parser.parse_args()
-    zoo = folder()
+    args.formats = None if args.formats is None else tuple(args.formats)
     options = {
         name: value
         for name in ("weights", "formats", "recipe", "seed")
         if (value := getattr(args, name)) is not None
     }
+    if args.readme and (args.models or tuple(options.items()) not in PLACES):
+        parser.error("README.md has no table of these models and options")
+    zoo = folder()
     few = args.weights is not None and args.weights.startswith("int4")
     allowed = ALLOWED_INT4 if few else {name: loss for name, (_, _, loss) in MODELS.items()}
     names = args.models or [*allowed]

@@ -11,12 +11,12 @@ import numpy as np
 from onnxq.frontier import Frontier
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
-from onnxq.patches import PatchSource
+from onnxq.patches import PatchSource, supports
 from onnxq.runtime import Session, cores
 from onnxq.second_order import Accumulator, SecondOrder, collect, input_session, pick, takes_bias
 from onnxq.simulation import input_name, simulated
 
-__all__ = ["LayerInputs", "patches_for", "statistics_bytes"]
+__all__ = ["LayerInputs", "patches_for", "statistics_bytes", "why_nearest"]
 
 # Patches that even the shortest patch is worth, and how many more each of its values is.
 LEAST_PATCHES, PATCHES_PER_VALUE = 4096, 64
@@ -28,10 +28,28 @@ def patches_for(columns: int, most: int) -> int:
     return max(min(most, max(LEAST_PATCHES, PATCHES_PER_VALUE * columns)), 4 * columns)
 
 
-def statistics_bytes(layer: Layer) -> int:
-    """Bytes that the second moments of a layer's input take while they are added up."""
+def statistics_bytes(layer: Layer, *, halves: bool = False) -> int:
+    """Bytes that the second moments of a layer's input take while they are added up.
+
+    Args:
+        layer: A layer that `supports`.
+        halves: Whether every second sample is added up apart.
+    """
     source = PatchSource.of(layer)
-    return 80 * source.groups * source.columns**2  # two sums of each half, parts and products
+    whole = 40 * source.groups * source.columns**2  # H and C, a part of each, and its products
+    return 2 * whole if halves else whole
+
+
+def why_nearest(layer: Layer) -> str | None:
+    """Why the weight of a layer can only be rounded to nearest; None if more can be done."""
+    assert layer.weight_encoding is not None
+    if layer.weight_encoding.block:
+        return "scales per block are rounded to nearest"
+    if not supports(layer):
+        return f"{layer.op} of this kind is rounded to nearest"
+    if not layer.owns_params or layer.model.is_output(layer.weight_tensor):
+        return "its weight or bias is shared; rounded to nearest"
+    return None
 
 
 class LayerInputs:
@@ -47,12 +65,14 @@ class LayerInputs:
         model: The model, float weights and encodings in place.
         layers: The layers that will be asked for, in graph order.
         ctx: Where samples come from.
-        rng: A generator for the positions of patches, given the index of a layer.
+        rng: A generator for the positions of patches, given the index of a layer: of the first
+            that reads them, so that they do not depend on which layers are asked for.
         sequential: Whether what a layer reads is that of the model in integers.
         samples: Use at most so many samples, spread evenly; 0 uses all.
         patches: Patches per layer, about.
         memory_mb: Megabytes that activations, and that statistics may take; where they would take
-            more, fewer samples are kept, or layers go in smaller groups.
+            more, fewer samples are kept, halves of them not kept apart, or layers go in smaller
+            groups.
     """
 
     def __init__(
@@ -69,6 +89,7 @@ class LayerInputs:
     ) -> None:
         self._model = model
         self._layers = [*layers]
+        self._sources = [PatchSource.of(layer) for layer in layers]
         self._ctx = ctx
         self._rng = rng
         self._patches = patches
@@ -80,8 +101,10 @@ class LayerInputs:
         self.notes: list[str] = []
         self.samples: list[Mapping[str, np.ndarray]] = []
         self._frontiers: tuple[Frontier, Frontier] | None = None
-        self._float = model.clone()  # what is settled does not show here
-        if sequential:
+        if not sequential:
+            self._float = model.clone()  # what is settled does not show here
+            self._groups = self._grouped()
+        else:
             _give_biases(layers)
             self.samples = self._load()
             self._simulated = simulated(model, ctx.target)
@@ -105,15 +128,14 @@ class LayerInputs:
         Raises:
             CalibrationError: A value is not finite.
         """
-        index = self._index(layer)
         if self._frontiers is None:
             if layer.name not in self._known:
-                self._known = self._collect(index)
-            return self._known.get(layer.name)
+                self._known = self._collect(layer)
+            return self._known[layer.name]
         source = PatchSource.of(layer)
         if self._last is not None and self._last[0] == source:
             return self._last[1]
-        found = self._add_up(layer, source, self._rng(index))
+        found = self._add_up(layer, source)
         self._last = source, found
         return found
 
@@ -124,8 +146,7 @@ class LayerInputs:
         """
         assert self._frontiers is not None
         source = PatchSource.of(layer)
-        rng = self._rng(self._index(layer))
-        each = self._each(source)
+        rng, each = self._rng(self._index(source)), self._each(source)
         floats, ints = self._frontiers
         pairs = zip(
             ints.values(input_name(self._simulated, layer)),
@@ -185,14 +206,14 @@ class LayerInputs:
             peak = max(peak, frontier.nbytes)
         return peak
 
-    def _add_up(
-        self, layer: Layer, source: PatchSource, rng: np.random.Generator
-    ) -> SecondOrder | None:
+    def _add_up(self, layer: Layer, source: PatchSource) -> SecondOrder | None:
         assert self._frontiers is not None
         floats, ints = self._frontiers
         inner = input_name(self._simulated, layer)
         self.reach(layer)
-        total = Accumulator(source, self._each(source), rng, shifted=True, halves=True)
+        halves = statistics_bytes(layer, halves=True) <= self._memory
+        rng = self._rng(self._index(source))
+        total = Accumulator(source, self._each(source), rng, shifted=True, halves=halves)
         pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
         if self._threads == 1:
             total.add_all(pairs)
@@ -201,8 +222,9 @@ class LayerInputs:
                 total.add_all(pairs, pool.map)
         return total.result()
 
-    def _index(self, layer: Layer) -> int:
-        return next(i for i, known in enumerate(self._layers) if known.name == layer.name)
+    def _index(self, source: PatchSource) -> int:
+        """Of the first layer that reads these patches."""
+        return self._sources.index(source)
 
     def _each(self, source: PatchSource) -> int:
         """Patches to draw of each sample."""
@@ -211,16 +233,24 @@ class LayerInputs:
 
     # ---------------------------------------------------------------------- from the float model
 
-    def _collect(self, begin: int) -> dict[str, SecondOrder | None]:
-        """Statistics of as many layers as memory holds, from one run over the samples."""
-        group: list[Layer] = []
+    def _grouped(self) -> list[list[Layer]]:
+        """The layers of the float model, in groups whose statistics memory holds together."""
+        names = {layer.name for layer in self._layers}
+        groups: list[list[Layer]] = []
         taken = 0
-        names = {layer.name for layer in self._layers[begin:]}
-        for layer in (layer for layer in self._float.layers() if layer.name in names):
-            taken += statistics_bytes(layer)
-            if group and taken > self._memory:
-                break
-            group.append(layer)
+        for layer in self._float.layers():
+            if layer.name in names:
+                needed = statistics_bytes(layer)
+                taken += needed
+                if not groups or taken > self._memory:
+                    groups.append([])
+                    taken = needed
+                groups[-1].append(layer)
+        return groups
+
+    def _collect(self, layer: Layer) -> dict[str, SecondOrder | None]:
+        """Statistics of the group that a layer is in, from one run over the samples."""
+        group = next(g for g in self._groups if any(known.name == layer.name for known in g))
         session = input_session(self._float, group, self._ctx.threads)
         samples = self._ctx.spread(session, self._limit)
         with self._ctx.progress.task("second-order statistics", samples.length) as advance:
@@ -229,7 +259,7 @@ class LayerInputs:
                 session,
                 samples,
                 expected=samples.length or self._limit or 1,
-                rng=self._rng(begin),
+                rng=self._rng(self._index(PatchSource.of(group[0]))),
                 patches=self._patches,
                 progress=advance,
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,7 @@ __all__ = [
     "integer_nodes",
     "match_nodes",
     "place",
+    "written_activations",
 ]
 
 INF = float("inf")
@@ -217,6 +218,40 @@ def integer_nodes(model: Model, target: Target) -> dict[str, Kernel]:
         if not kernel.float_output and any(t.name not in encodings for t in results):
             continue
         found[node.name] = kernel
+    return found
+
+
+def written_activations(
+    model: Model, kernels: Mapping[int, Kernel]
+) -> dict[str, tuple[gs.Tensor, bool]]:
+    """The activations behind which a QuantizeLinear stands, by name, and for whom.
+
+    True where all readers see what it makes, as behind an integer node; False where only the
+    integer ones do.  The result of a Pad in integers is on the grid of its input already.
+
+    Args:
+        model: A model with encodings.
+        kernels: id of each node that runs in integers -> its kernel.
+    """
+    ends = Ends(model, model.encodings.float_nodes)
+    reads: dict[str, tuple[gs.Tensor, bool]] = {}
+    results: dict[str, tuple[gs.Tensor, bool]] = {}
+    for node in model.graph.nodes:
+        kernel = kernels.get(id(node))
+        if kernel is None:
+            continue
+        for tensor in data_inputs(node, kernel):
+            if tensor.name in model.encodings and not isinstance(tensor, gs.Constant):
+                reads[tensor.name] = tensor, False
+        for tensor in node.outputs:
+            end = ends.of(tensor, kernel) if tensor.name else tensor
+            if tensor.name and end.name in model.encodings:
+                results[end.name] = end, True
+    found = {}
+    for name, (tensor, everyone) in {**reads, **results}.items():
+        source = producer(tensor)
+        if source is None or source.op != "Pad" or id(source) not in kernels:
+            found[name] = tensor, everyone
     return found
 
 

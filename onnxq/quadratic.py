@@ -193,9 +193,7 @@ def settle(
     if statistics is not None and takes_bias(layer):
         correct_bias(layer, rounded, statistics)
     layer.set_weight(weight_of(layer, rounded).astype(np.float32))
-    known = encoding.scale if encoding.axis is not None else scale[:1].reshape(())
-    if encoding.axis is not None:
-        known = scale[: encoding.scale.size].reshape(encoding.scale.shape)
+    known = scale[: encoding.scale.size].reshape(encoding.scale.shape)  # the first is that of all
     layer.model.encodings[layer.weight_tensor.name] = replace(encoding, scale=known)
 
 

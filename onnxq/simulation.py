@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnxq.encoding import Encoding
 from onnxq.graph import consumers, producer, rewire
 from onnxq.model import Layer, Model
-from onnxq.placement import Ends, data_inputs, integer_nodes
+from onnxq.placement import data_inputs, integer_nodes, written_activations
 from onnxq.targets import Kernel, Target
 
 __all__ = ["simulated"]
@@ -33,7 +33,7 @@ def simulated(model: Model, target: Target) -> Model:
     kernels = {id(n): nodes[n.name] for n in copy.graph.nodes if n.name in nodes}
     _round_constants(copy, kernels)
     added: list[gs.Node] = []
-    for tensor, everyone in _activations(copy, kernels).values():
+    for tensor, everyone in written_activations(copy, kernels).values():
         added += _round_trip(copy, tensor, kernels, everyone=everyone)
     copy.insert(added)
     return copy
@@ -50,26 +50,6 @@ def _round_constants(model: Model, kernels: Mapping[int, Kernel]) -> None:
                 done.add(tensor.name)
                 values = model.array(tensor)
                 tensor.values = model.encodings[tensor.name].fake_quantize(values)
-
-
-def _activations(model: Model, kernels: Mapping[int, Kernel]) -> dict[str, tuple[gs.Tensor, bool]]:
-    """What integer nodes read and write, and whether all readers see it rounded, by name."""
-    ends = Ends(model, model.encodings.float_nodes)
-    found: dict[str, tuple[gs.Tensor, bool]] = {}
-    for node in model.graph.nodes:
-        kernel = kernels.get(id(node))
-        if kernel is None:
-            continue
-        for tensor in data_inputs(node, kernel):
-            if tensor.name in model.encodings and not isinstance(tensor, gs.Constant):
-                found.setdefault(tensor.name, (tensor, False))
-        for tensor in node.outputs:
-            end = ends.of(tensor, kernel) if tensor.name else tensor
-            if tensor.name and end.name in model.encodings:
-                source = producer(end)
-                if source is None or source.op != "Pad":  # on the grid of its input already
-                    found[end.name] = end, True
-    return found
 
 
 def _round_trip(

@@ -14,10 +14,9 @@ from onnxq.checkpoint import Checkpoint, fingerprint
 from onnxq.errors import RecipeError
 from onnxq.kernels.relaxation import Relaxation, relax, relax_activated
 from onnxq.kernels.tabu import tabu_search, usual_sweeps
-from onnxq.layer_inputs import LayerInputs, statistics_bytes
+from onnxq.layer_inputs import LayerInputs, statistics_bytes, why_nearest
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context, options
-from onnxq.patches import supports
 from onnxq.placement import Ends, activation_bounds
 from onnxq.quadratic import Quadratic, settle
 from onnxq.runtime import cores
@@ -164,19 +163,15 @@ class AdaRound:
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
         if layer.weight_encoding is None:
             return False
-        if layer.weight_encoding.block:
-            changes.skip(layer.name, "scales per block are rounded to nearest")
-            return False
-        if not supports(layer):
-            changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")
-            return False
-        if not layer.owns_params or layer.model.is_output(layer.weight_tensor):
-            changes.skip(layer.name, "its weight or bias is shared; rounded to nearest")
+        if why := why_nearest(layer):
+            changes.skip(layer.name, why)
             return False
         if statistics_bytes(layer) > self.memory_mb * _MB:
             megabytes = statistics_bytes(layer) // _MB
             changes.skip(layer.name, f"its statistics take {megabytes} MB; rounded to nearest")
             return False
+        if self.sequential and statistics_bytes(layer, halves=True) > self.memory_mb * _MB:
+            changes.skip(layer.name, "its statistics do not fit twice: no drift is believed")
         return True
 
     def _do(

@@ -8,10 +8,9 @@ from typing import ClassVar
 import numpy as np
 
 from onnxq.errors import RecipeError
-from onnxq.layer_inputs import LayerInputs
+from onnxq.layer_inputs import LayerInputs, why_nearest
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
-from onnxq.patches import supports
 from onnxq.quadratic import Quadratic, settle
 from onnxq.second_order import SecondOrder
 
@@ -97,14 +96,8 @@ class GPTQ:
     def _wanted(self, layer: Layer, changes: Changes) -> bool:
         if layer.weight_encoding is None:
             return False
-        if layer.weight_encoding.block:
-            changes.skip(layer.name, "scales per block are rounded to nearest")
-            return False
-        if not supports(layer):
-            changes.skip(layer.name, f"{layer.op} of this kind is rounded to nearest")
-            return False
-        if not layer.owns_params:
-            changes.skip(layer.name, "its weight or bias is shared; rounded to nearest")
+        if why := why_nearest(layer):
+            changes.skip(layer.name, why)
             return False
         return True
 

@@ -14,7 +14,13 @@ from onnxq.errors import ModelError
 from onnxq.model import Layer, Model, consumers, producer, rewire
 from onnxq.ops import FUNCTIONS, bias_input
 from onnxq.pass_manager import Changes, Context
-from onnxq.placement import Ends, data_inputs, gate_scales, integer_nodes
+from onnxq.placement import (
+    Ends,
+    data_inputs,
+    gate_scales,
+    integer_nodes,
+    written_activations,
+)
 from onnxq.row_blocks import split_rows
 from onnxq.targets import Kernel, Storage
 from onnxq.weight_only import weight_only, write
@@ -291,26 +297,10 @@ class _Writer:
 
     def activations(self) -> None:
         """Q/DQ pairs at every activation that an integer node reads or writes."""
-        results: dict[str, gs.Tensor] = {}
-        reads: dict[str, gs.Tensor] = {}
+        for tensor, everyone in written_activations(self.model, self.kernels).values():
+            self._pair(tensor, everyone=everyone)
         for node in self.nodes:
-            kernel = self.kernels[id(node)]
-            for tensor in data_inputs(node, kernel):
-                if tensor.name in self.model.encodings and not isinstance(tensor, gs.Constant):
-                    reads[tensor.name] = tensor
-            for tensor in node.outputs:
-                if tensor.name:
-                    end = self.ends.of(tensor, kernel)
-                    if end.name in self.model.encodings:
-                        results[end.name] = end
-        pads = {id(n): n for n in self.nodes if n.op == "Pad"}
-        for name, tensor in {**reads, **results}.items():
-            source = producer(tensor)
-            if source is not None and id(source) in pads:
-                continue
-            self._pair(tensor, everyone=name in results)
-        for node in self.nodes:
-            if id(node) in pads:
+            if node.op == "Pad":
                 self._pad(node)
 
     def _pair(self, tensor: gs.Tensor, *, everyone: bool) -> None:

@@ -348,7 +348,7 @@ def test_a_layer_whose_statistics_do_not_fit_is_declined():
     proto = parse("g (float[N,200] x) => (float[] y) <float[200,4] w> { y = Gemm(x, w) }")
     model, ctx = coarse(proto, samples(proto))
     changes = AdaRound(memory_mb=1).apply(model, ctx)
-    assert reasons(changes) == {"Gemm_0": "its statistics take 3 MB; rounded to nearest"}
+    assert reasons(changes) == {"Gemm_0": "its statistics take 1 MB; rounded to nearest"}
 
 
 def test_what_it_declines():
@@ -431,3 +431,49 @@ def test_a_budget_that_means_nothing():
     with pytest.raises(RecipeError, match="budget: wanted more than 0 seconds, got -1"):
         Context(budget_s=-1)
     assert Context(budget_s=5).deadline > time.monotonic()
+
+
+SHARED = (
+    "g (float[N,3,10,10] x) => (float[] y) <float[6,3,3,3] w, float[6,3,3,3] v, float[4,12,1,1] u>"
+    "{ a = Conv(x, w) b = Conv(x, v) c = Concat<axis=1>(a, b) r = Relu(c) y = Conv(r, u) }"
+)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_a_resumed_run_draws_the_same_patches(tmp_path, monkeypatch, sequential):
+    """Also where it broke off between layers that share patches, or a run over the samples."""
+    monkeypatch.setattr("onnxq.layer_inputs.LEAST_PATCHES", 1)
+    monkeypatch.setattr("onnxq.layer_inputs.PATCHES_PER_VALUE", 1)
+    proto = parse(SHARED)
+    data = samples(proto)
+    step = AdaRound(patches=30, sequential=sequential)
+    whole, ctx = coarse(proto, data)
+    model = whole.clone()
+    step.apply(whole, ctx)
+    original, count = Quadratic.of, []
+
+    def broken(layer, statistics):
+        count.append(layer.name)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return original(layer, statistics)
+
+    monkeypatch.setattr(module.Quadratic, "of", broken)
+    with pytest.raises(KeyboardInterrupt):
+        step.apply(model.clone(), Context(data, resume=tmp_path))
+    monkeypatch.setattr(module.Quadratic, "of", original)
+    changes = step.apply(model, Context(data, resume=tmp_path))
+    assert changes.done[0] == "1 weights taken up from an earlier run"
+    assert fingerprint(model) == fingerprint(whole)
+
+
+def test_statistics_that_do_not_fit_twice_are_used_without_belief_in_drifts(monkeypatch):
+    proto = parse("g (float[N,200] x) => (float[] y) <float[200,4] w> { y = Gemm(x, w) }")
+    data = samples(proto, 60)
+    model, ctx = coarse(proto, data)
+    plain = error(proto, nearest(model), data)
+    changes = AdaRound(memory_mb=2).apply(model, ctx)
+    why = "its statistics do not fit twice: no drift is believed"
+    assert reasons(changes) == {"Gemm_0": why}
+    assert changes.done == ["1 weights rounded by tabu"]
+    assert error(proto, model, data) < 0.9 * plain
