@@ -39,209 +39,101 @@ from onnxq.targets import TARGETS
 
 __all__ = ["RECIPES", "Option", "Recipe", "dumps", "load", "loads", "options_of", "pass_class"]
 
+
+def _text(name: str, description: str, *steps: str) -> str:
+    """A recipe as TOML; a step is the name of a pass, then lines of options."""
+    head = f'name = "{name}"\ndescription = "{description}"\n'
+    for step in steps:
+        title, _, options = step.partition("\n")
+        head += f'\n[[pass]]\nname = "{title}"\n' + (f"{options}\n" if options else "")
+    return head
+
+
+_RECIPES = (
+    _text(
+        "default",
+        "int8 near the accuracy of float: least-error ranges, rounding by output error.",
+        "clean",
+        "space-to-depth",
+        "fold-batch-norm",
+        "fold-dead-channels",
+        "gate-equalization",
+        "calibrate",
+        "residual-input",
+        "gptq",
+        "insert-qdq",
+    ),
+    _text(
+        "accurate",
+        "For weights of few bits, or the last tenth: AdaRound, layer after layer.",
+        "clean",
+        "space-to-depth",
+        "fold-batch-norm",
+        "fold-dead-channels",
+        "gate-equalization\nlevels = 12.0",
+        "calibrate",
+        "residual-input",
+        "adaround",
+        "insert-qdq",
+    ),
+    _text(
+        "per-tensor",
+        "For targets with one scale per weight: channels are evened out first.",
+        "clean",
+        "space-to-depth",
+        'fold-batch-norm\nstandalone = "conv"',
+        "fold-dead-channels",
+        'cross-layer-equalization\nbalance = "both"',
+        "gate-equalization\nlevels = 40.0",
+        'calibrate\nweights = "int8/tensor"',
+        "residual-input",
+        "gptq",
+        "insert-qdq",
+    ),
+    _text(
+        "data-free",
+        "Without samples: equalize, absorb, ranges from batch normalization, correct.",
+        "clean",
+        "space-to-depth",
+        'fold-batch-norm\nstandalone = "conv"',
+        "fold-dead-channels",
+        'cross-layer-equalization\nbalance = "both"',
+        "high-bias-absorption",
+        "gate-equalization",
+        'calibrate\nranges = "batch-norm"',
+        "bias-correction",
+        "insert-qdq",
+    ),
+    _text(
+        "weight-only",
+        "Weights in integers, activations in float: small files, for MatMul and Gemm.",
+        "clean",
+        "fold-batch-norm",
+        "fold-dead-channels",
+        'calibrate\nweights = "int4/block=32"\nactivations = "float"',
+        "gptq",
+        "insert-qdq",
+    ),
+    _text(
+        "weight-only-nearest",
+        "Weights in integers, activations in float, without samples: rounded to nearest.",
+        "clean",
+        "fold-batch-norm",
+        "fold-dead-channels",
+        'calibrate\nweights = "int4/block=32"\nactivations = "float"',
+        "insert-qdq",
+    ),
+    _text(
+        "minmax",
+        "The plain scheme, for comparison: ranges from least to greatest, nearest rounding.",
+        "clean",
+        "fold-batch-norm",
+        'calibrate\nmethod = "minmax"',
+        "insert-qdq",
+    ),
+)
 # name -> TOML
-RECIPES = {
-    "default": """\
-name = "default"
-description = "int8 near the accuracy of float: least-error ranges, rounding by output error."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "space-to-depth"
-
-[[pass]]
-name = "fold-batch-norm"
-
-[[pass]]
-name = "fold-dead-channels"
-
-[[pass]]
-name = "gate-equalization"
-
-[[pass]]
-name = "calibrate"
-
-[[pass]]
-name = "residual-input"
-
-[[pass]]
-name = "gptq"
-
-[[pass]]
-name = "insert-qdq"
-""",
-    "accurate": """\
-name = "accurate"
-description = "For weights of few bits, or the last tenth: AdaRound, layer after layer."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "space-to-depth"
-
-[[pass]]
-name = "fold-batch-norm"
-
-[[pass]]
-name = "fold-dead-channels"
-
-[[pass]]
-name = "gate-equalization"
-levels = 12.0
-
-[[pass]]
-name = "calibrate"
-
-[[pass]]
-name = "residual-input"
-
-[[pass]]
-name = "adaround"
-
-[[pass]]
-name = "insert-qdq"
-""",
-    "per-tensor": """\
-name = "per-tensor"
-description = "For targets with one scale per weight: channels are evened out first."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "space-to-depth"
-
-[[pass]]
-name = "fold-batch-norm"
-standalone = "conv"
-
-[[pass]]
-name = "fold-dead-channels"
-
-[[pass]]
-name = "cross-layer-equalization"
-balance = "both"
-
-[[pass]]
-name = "gate-equalization"
-levels = 40.0
-
-[[pass]]
-name = "calibrate"
-weights = "int8/tensor"
-
-[[pass]]
-name = "residual-input"
-
-[[pass]]
-name = "gptq"
-
-[[pass]]
-name = "insert-qdq"
-""",
-    "data-free": """\
-name = "data-free"
-description = "Without samples: equalize, absorb, ranges from batch normalization, correct."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "space-to-depth"
-
-[[pass]]
-name = "fold-batch-norm"
-standalone = "conv"
-
-[[pass]]
-name = "fold-dead-channels"
-
-[[pass]]
-name = "cross-layer-equalization"
-balance = "both"
-
-[[pass]]
-name = "high-bias-absorption"
-
-[[pass]]
-name = "gate-equalization"
-
-[[pass]]
-name = "calibrate"
-ranges = "batch-norm"
-
-[[pass]]
-name = "bias-correction"
-
-[[pass]]
-name = "insert-qdq"
-""",
-    "weight-only": """\
-name = "weight-only"
-description = "Weights in integers, activations in float: small files, for MatMul and Gemm."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "fold-batch-norm"
-
-[[pass]]
-name = "fold-dead-channels"
-
-[[pass]]
-name = "calibrate"
-weights = "int4/block=32"
-activations = "float"
-
-[[pass]]
-name = "gptq"
-
-[[pass]]
-name = "insert-qdq"
-""",
-    "weight-only-nearest": """\
-name = "weight-only-nearest"
-description = "Weights in integers, activations in float, without samples: rounded to nearest."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "fold-batch-norm"
-
-[[pass]]
-name = "fold-dead-channels"
-
-[[pass]]
-name = "calibrate"
-weights = "int4/block=32"
-activations = "float"
-
-[[pass]]
-name = "insert-qdq"
-""",
-    "minmax": """\
-name = "minmax"
-description = "The plain scheme, for comparison: ranges from least to greatest, nearest rounding."
-
-[[pass]]
-name = "clean"
-
-[[pass]]
-name = "fold-batch-norm"
-
-[[pass]]
-name = "calibrate"
-method = "minmax"
-
-[[pass]]
-name = "insert-qdq"
-""",
-}
+RECIPES = {tomllib.loads(text)["name"]: text for text in _RECIPES}
 
 
 @dataclass(frozen=True, kw_only=True)
