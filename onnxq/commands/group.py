@@ -1,0 +1,49 @@
+"""How verbs are shown, and how their errors end."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import click
+
+from onnxq.errors import OnnxqError, PassError
+
+__all__ = ["Command", "Group"]
+
+
+class Command(click.Command):
+    """A verb whose help keeps the line breaks of paragraphs that hold indented lines."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = _kept(self.help or "")
+
+
+class Group(click.Group):
+    """Known errors become one line on stderr and exit 1; everything else keeps its traceback."""
+
+    command_class = Command
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.help = _kept(self.help or "")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except PassError:  # what no pass foresaw is a bug
+            raise
+        except OnnxqError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted; no file was left half-written", err=True)
+            ctx.exit(130)
+
+
+def _kept(text: str) -> str:
+    """Mark paragraphs that hold indented lines with click's sign for `leave as it is`."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(f"\b\n{p}" if "\n " in p else p for p in paragraphs)
