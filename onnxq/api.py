@@ -33,6 +33,7 @@ from onnxq.passes import (
     FoldDeadChannels,
     HighBiasAbsorption,
     LoadEncodings,
+    NoiseEqualization,
 )
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
@@ -457,14 +458,23 @@ def _calibration(source: Any, limit: int | None, preprocess: Any) -> Calibration
 
 
 def _with_options(steps: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
-    """Give options to the Calibrate pass of a recipe."""
+    """Give options to the Calibrate pass of a recipe, and formats to those that foresee them."""
     if not given:
         return tuple(steps)
     if not any(isinstance(s, Calibrate) for s in steps):
         raise RecipeError(
             f"the recipe has no pass calibrate to take {', '.join(given)}", fix="edit the recipe"
         )
-    return tuple(dataclasses.replace(s, **given) if isinstance(s, Calibrate) else s for s in steps)
+    foreseen = {k: v for k, v in given.items() if k in ("weights", "activations")}
+
+    def told(step: Pass) -> Pass:
+        if isinstance(step, Calibrate):
+            return dataclasses.replace(step, **given)
+        if isinstance(step, NoiseEqualization):
+            return dataclasses.replace(step, **foreseen)
+        return step
+
+    return tuple(map(told, steps))
 
 
 def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:

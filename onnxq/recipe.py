@@ -70,6 +70,7 @@ _RECIPES = (
         "space-to-depth",
         "fold-batch-norm",
         "fold-dead-channels",
+        "noise-equalization",
         "gate-equalization\nlevels = 12.0",
         "calibrate",
         "residual-input",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxq.passes.high_bias_absorption import HighBiasAbsorption
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
+    from onnxq.passes.noise_equalization import NoiseEqualization
     from onnxq.passes.residual_input import ResidualInput
     from onnxq.passes.space_to_depth import SpaceToDepth
 
@@ -38,6 +39,7 @@ __all__ = [
     "HighBiasAbsorption",
     "InsertQDQ",
     "LoadEncodings",
+    "NoiseEqualization",
     "ResidualInput",
     "SpaceToDepth",
 ]
@@ -49,6 +51,7 @@ PASSES = {
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
     "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
+    "noise-equalization": "onnxq.passes.noise_equalization:NoiseEqualization",
     "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
