@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from onnxq import encodings_json, recipe, report_html
-from onnxq.analysis import cost, error, fusion, latency
+from onnxq.analysis import cost, error, fusion
+from onnxq.analysis.latency import NO_SPINNING, Latency, pair
 from onnxq.analysis.storage import Storage, storage
 from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
 from onnxq.calibration import Calibration, Samples
@@ -266,7 +267,7 @@ class Comparison:
     Args:
         outputs: Errors per output.
         bytes: File sizes: float, other.
-        latency_ms: Median milliseconds per sample: float, other; empty if not timed.
+        latency: Milliseconds per sample of both, and their ratio; None if not timed.
         samples: How many samples were compared.
         threads: Threads of onnxruntime while timing; 0 for all cores.
         notes: What was given up when loading the samples.
@@ -274,10 +275,16 @@ class Comparison:
 
     outputs: list[error.OutputError]
     bytes: tuple[int, int]
-    latency_ms: tuple[float, ...]
+    latency: Latency | None
     samples: int
     threads: int
     notes: list[str]
+
+    @property
+    def latency_ms(self) -> tuple[float, ...]:
+        """Median milliseconds per sample: float, other; empty if not timed."""
+        timed = self.latency
+        return () if timed is None else (timed.reference_ms.median, timed.other_ms.median)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -285,6 +292,7 @@ class Comparison:
             "outputs": [o.to_dict() for o in self.outputs],
             "bytes": {"float": self.bytes[0], "other": self.bytes[1]},
             "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
+            "latency": None if self.latency is None else self.latency.to_dict(),
             "samples": self.samples,
             "threads": self.threads,
             "notes": self.notes,
@@ -300,23 +308,39 @@ def compare(
     preprocess: Any = None,
     threads: int = 0,
     timed: bool = True,
+    runs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two models output by output on the same samples.
+
+    Args:
+        reference: The float model.
+        other: What should give the same.
+        data: Samples in any form that `Calibration` takes.
+        limit: Use at most so many samples.
+        preprocess: Preset or TOML file that turns pictures into inputs.
+        threads: Threads for onnxruntime; 0 for all cores.
+        timed: Whether to time both, in turns, on the first sample.
+        runs: Timed runs of each; None: as many as there are in about two seconds, at least ten.
+        progress: Where progress is shown.
 
     Raises:
         OnnxqError: A model or a sample cannot be read, or their signatures differ.
     """
     ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
-    sessions = [Session(load(p).to_proto(), threads=threads) for p in paths]
+    if runs is not None and runs < 1:
+        raise OnnxqError(f"runs: wanted 1 or more, got {runs}")
+    sessions = [
+        Session(load(p).to_proto(), threads=threads, config=NO_SPINNING) for p in paths
+    ]
     samples = ctx.spread(sessions[0], 0)
     with ctx.progress.task("compare", samples.length) as advance:
         outputs = error.compare(sessions[0], sessions[1], samples, advance)
-    times: tuple[float, ...] = ()
+    times: Latency | None = None
     if timed:
         with ctx.progress.task("time", None):
-            times = latency.alternate(sessions, next(iter(samples)))
+            times = pair(sessions[0], sessions[1], next(iter(samples)), count=runs)
     sizes = (_bytes(paths[0]), _bytes(paths[1]))
     count = outputs[0].samples if outputs else 0
     return Comparison(outputs, sizes, times, count, threads, ctx.report.notes)

@@ -117,6 +117,11 @@ class Session:
         self.inputs = [_spec(i) for i in self._session.get_inputs()]
         self.outputs = [_spec(nodes[name]) for name in self._names]
 
+    @property
+    def provider(self) -> str:
+        """The execution provider that nodes run on first."""
+        return str(self._session.get_providers()[0])
+
     def _load(self, source: bytes | str, options: ort.SessionOptions) -> Any:
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from onnxq.analysis.latency import WARM_UP, Latency
 from onnxq.api import Comparison, Inspection
 from onnxq.pages import page
 from onnxq.passes import PASSES
@@ -86,15 +87,24 @@ def comparison(result: Comparison) -> None:
             click.echo(f"output {output['name']}: {count} are left out")
     first, second = result.bytes
     click.echo(f"bytes: {megabytes(first)} -> {megabytes(second)}, {first / second:.2f} times")
-    if result.latency_ms:
-        first_ms, second_ms = result.latency_ms
-        threads = f"{result.threads} threads" if result.threads else "all cores"
-        click.echo(
-            f"latency: {first_ms:.2f} ms -> {second_ms:.2f} ms a sample,"
-            f" {first_ms / second_ms:.2f} times, median of alternating runs, {threads}"
-        )
+    if result.latency is not None:
+        _latency(result.latency)
     for note in result.notes:
         click.echo(f"note: {note}")
+
+
+def _latency(found: Latency) -> None:
+    """Medians, quartiles in brackets."""
+    texts = [
+        f"{s.median:.2f}{unit} ({s.low:.2f} to {s.high:.2f})"
+        for s, unit in ((found.reference_ms, " ms"), (found.other_ms, " ms"), (found.speedup, ""))
+    ]
+    threads = f"threads: {found.threads or 'all cores'}"
+    click.echo(f"latency: {texts[0]} -> {texts[1]} a sample, speedup {texts[2]}")
+    click.echo(
+        f"  median (quartiles) of {found.runs} runs each, in turns, {WARM_UP} before left out;"
+        f" {found.provider}, {threads}"
+    )
 
 
 def inspection(result: Inspection) -> None:
