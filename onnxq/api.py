@@ -35,6 +35,7 @@ from onnxq.passes import (
     HighBiasAbsorption,
     LoadEncodings,
 )
+from onnxq.pictures import Preprocess
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.report import Report, write_text
@@ -47,10 +48,13 @@ from onnxq.version import __version__
 __all__ = [
     "Comparison",
     "Inspection",
+    "calibration",
+    "check_loads",
     "check_outputs",
     "compare",
     "equalize_model",
     "inspect",
+    "is_quantized",
     "quantize",
     "run",
 ]
@@ -172,11 +176,11 @@ def run(
     chosen = _recipe(recipe)
     check_outputs([destination, statistics, report], models=[source], others=[calib])
     before = load(source)
-    if any(_QUANTIZED.fullmatch(n.op) for n in before.graph.nodes):
+    if is_quantized(before):
         raise ModelError(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
-    _check_loads(before)
+    check_loads(before)
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")
@@ -191,7 +195,7 @@ def run(
         )
         data: Calibration | None = Calibration(made)
     else:
-        data = None if calib is None else _calibration(calib, limit, preprocess)
+        data = None if calib is None else calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
         data,
@@ -327,13 +331,11 @@ def compare(
     Raises:
         OnnxqError: A model or a sample cannot be read, or their signatures differ.
     """
-    ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
+    ctx = Context(calibration(data, limit, preprocess), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
     if runs is not None and runs < 1:
         raise OnnxqError(f"runs: wanted 1 or more, got {runs}")
-    sessions = [
-        Session(load(p).to_proto(), threads=threads, config=NO_SPINNING) for p in paths
-    ]
+    sessions = [Session(load(p).to_proto(), threads=threads, config=NO_SPINNING) for p in paths]
     samples = ctx.spread(sessions[0], 0)
     with ctx.progress.task("compare", samples.length) as advance:
         outputs = error.compare(sessions[0], sessions[1], samples, advance)
@@ -453,6 +455,35 @@ def check_outputs(
             raise OnnxqError("is given for two outputs", where=path, fix="name another file")
 
 
+def check_loads(model: Model) -> Session:
+    """Let onnxruntime refuse a model before anything else stumbles over it.
+
+    Returns:
+        The session, nothing optimized.
+
+    Raises:
+        ModelError: It does.
+    """
+    try:
+        return Session(model.to_proto(), threads=1, level="disabled")
+    except ModelError as error:
+        raise ModelError(error.what, where=model.path, fix=error.fix) from error
+
+
+def calibration(
+    source: Any, limit: int | None, preprocess: str | os.PathLike[str] | Preprocess | None
+) -> Calibration:
+    """Samples, unless they are `Calibration` already."""
+    if isinstance(source, Calibration):
+        return source
+    return Calibration(source, limit=limit, preprocess=preprocess)
+
+
+def is_quantized(model: Model) -> bool:
+    """Whether a model has operators of quantized ones."""
+    return any(_QUANTIZED.fullmatch(n.op) for n in model.graph.nodes)
+
+
 # ---------------------------------------------------------------------- parts
 
 
@@ -472,12 +503,6 @@ def _fitting_recipe(
 
 def _recipe(given: str | os.PathLike[str] | Recipe) -> Recipe:
     return given if isinstance(given, Recipe) else recipe.load(given)
-
-
-def _calibration(source: Any, limit: int | None, preprocess: Any) -> Calibration:
-    if isinstance(source, Calibration):
-        return source
-    return Calibration(source, limit=limit, preprocess=preprocess)
 
 
 def _with_options(steps: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
@@ -528,14 +553,6 @@ def _check_output(path: Path) -> None:
         raise OnnxqError("no such folder", where=folder, fix="create it first")
     if not os.access(folder, os.W_OK):
         raise OnnxqError("the folder cannot be written to", where=folder, fix="take another one")
-
-
-def _check_loads(model: Model) -> None:
-    """Let onnxruntime refuse a model before any pass stumbles over it."""
-    try:
-        Session(model.to_proto(), threads=1, level="disabled")
-    except ModelError as error:
-        raise ModelError(error.what, where=model.path, fix=error.fix) from error
 
 
 def _known_statistics(path: Path | None, model: Model) -> Statistics | None:
