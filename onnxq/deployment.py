@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -149,14 +150,14 @@ def deploy(
     session = check_loads(model)
     if pictures is not None:
         pictures = pictures.for_input(_picture(session.inputs))
+    count = SAMPLES if limit is None else limit
     if data is None:
         made = synthesize(
-            model, count=limit or SAMPLES, preprocess=pictures, threads=threads, progress=progress
+            model, count=count, preprocess=pictures, threads=threads, progress=progress
         )
-        samples = Calibration(made)
+        samples = Calibration(made, limit=count)
     else:
-        samples = calibration(data, None, pictures if _are_pictures(data) else None)
-        samples = samples.limited(limit or SAMPLES)
+        samples = calibration(data, count, pictures if _are_pictures(data) else None).limited(count)
     ctx = Context(samples, target=target, threads=threads, progress=progress)
     try:
         with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=folder.parent) as scratch:
@@ -187,25 +188,23 @@ def _build(
     files = [_file(origin, "onnx")]
     samples = ctx.spread(session, 0)
     notes = [*model.notes, *_remarks(model, session.inputs), *ctx.report.notes]
-    found: list[Verification] = []
-    styles: tuple[Style, ...] = ("fixed", "runtime")
-    for style in styles:
-        try:
-            ort = write_ort(origin, style, samples, threads=ctx.threads, progress=ctx.progress)
-        except UnsupportedError as error:
-            if style == "fixed":
-                raise
-            # the one file that the CPU provider needs is there: the other is for other providers
-            notes.append(f"left out: {error.where}: {error.what}")
-            continue
-        file = _file(ort.path, "ort", style, ort.session)
-        if file.sha256 in {f.sha256 for f in files}:  # there is nothing to optimize
-            ort.path.unlink()
-            ort.operators.unlink()
-            continue
-        files += [file, _file(ort.operators, "operators", style)]
-        found += ort.verifications
+    write = partial(write_ort, origin, samples=samples, threads=ctx.threads, progress=ctx.progress)
+    written = [write("fixed")]
+    try:
+        other = write("runtime")
+    except UnsupportedError as error:  # what the CPU provider runs is there
+        notes.append(f"left out: {error.where}: {error.what}")
+    else:
+        if other.is_like(written[0]):
+            other.remove()
+        else:
+            written.append(other)
+    for ort in written:
+        files.append(_file(ort.path, "ort", ort.style, ort.session))
+        files.append(_file(ort.operators, "operators", ort.style))
     share = fusion.integer_share(model, cost.tensor_shapes(model, next(iter(samples))), arm=True)
+    if is_quantized(model) and share.macs and not share.integer_macs:
+        notes.append("no layer runs in integers: activations are float")
     return Deployment(
         folder=origin.parent,
         model=origin.stem,
@@ -220,7 +219,7 @@ def _build(
         recipe=model.metadata.get("onnxq.recipe"),
         versions={"onnxq": __version__, **versions()},
         verified_on="made up" if ctx.is_synthetic else "given",
-        verifications=found,
+        verifications=[v for ort in written for v in ort.verifications],
         notes=notes,
     )
 

@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 import tempfile
+import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -317,7 +318,9 @@ def required_operators(
         def found(usage: Any) -> dict[str, dict[int, set[str]]]:
             operators: dict[str, dict[int, set[str]]] = {}
             for file in (os.fspath(path), loaded):
-                processor(file, operators, usage).process()
+                with warnings.catch_warnings(category=ResourceWarning, action="ignore"):
+                    reader = processor(file, operators, usage)  # does not close the file
+                reader.process()
             return operators
 
         usage = new_usage()

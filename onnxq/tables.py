@@ -158,7 +158,7 @@ def deployment(result: Deployment) -> None:
     _print(table)
     click.echo("inputs:  " + "; ".join(map(str, result.inputs)))
     click.echo("outputs: " + "; ".join(map(str, result.outputs)))
-    if result.quantized and result.macs:
+    if result.integer_macs:
         share = result.integer_macs / result.macs
         click.echo(f"MACs in integers on ARM: {share:.1%} of {millions(result.macs)} a sample")
     count = max((o.samples for v in result.verifications for o in v.outputs), default=0)
