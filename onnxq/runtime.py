@@ -29,6 +29,7 @@ __all__ = [
     "EXTERNAL_FOLDER",
     "KEEP_INT8",
     "REPLAY",
+    "SAVED_ONLY",
     "Level",
     "Session",
     "Style",
@@ -60,10 +61,11 @@ _DTYPES |= {
 
 # The session configuration entry: where external data of a serialized model lies
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-# Others: int8 activations stay int8, as on ARM, where x64 would make them uint8; and optimizations
-# that an .ort file of the style `runtime` holds are applied as it is loaded
+# Others: int8 activations stay int8, as on ARM, where x64 would make them uint8; optimizations that
+# an .ort file of the style `runtime` holds are applied as it is loaded; an .onnx gets these alone
 KEEP_INT8 = {"session.qdqisint8allowed": "1"}
 REPLAY = {"session.enable_saved_runtime_optimizations": "1"}
+SAVED_ONLY = {"optimization.minimal_build_optimizations": "apply"}
 _SAVE_ORT = {"session.save_model_format": "ORT"}
 # A place in onnxruntime's source: file and line, then the name or the whole signature of a function
 _SOURCE = re.compile(

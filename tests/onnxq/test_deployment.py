@@ -36,7 +36,7 @@ from onnxq.errors import (
 )
 from onnxq.pictures import Preprocess
 from onnxq.runtime import REPLAY, Session
-from tests.models import parse
+from tests.models import ZOO, parse, zoo
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 CALIB = DIGITS / "calib"
@@ -350,6 +350,14 @@ def test_integers_and_sequences_as_outputs(tmp_path):
     assert (outputs["i"].equal, outputs["i"].sqnr_db) == (1, None)
     assert result.to_dict()["outputs"][1] == {"name": "s", "type": None, "shape": None}
     assert "s: not compared" in cli("deploy", tmp_path / "m.onnx", tmp_path / "b").stdout
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ZOO)
+def test_models_of_the_zoo(name, tmp_path):
+    result = onnxq.deploy(zoo(name), tmp_path / "app", limit=1)
+    assert {o.sqnr_db for v in result.verifications for o in v.outputs} <= {200, None}
+    assert {f.kind for f in result.files} == {"onnx", "ort", "operators"}
 
 
 # ------------------------------------------------------------------------------- fixed sizes
