@@ -7,8 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any, Literal
 from onnxq.analysis import cost, fusion
 from onnxq.api import calibration, check_loads, is_quantized
 from onnxq.calibration import Calibration
-from onnxq.errors import CalibrationError, ModelError, OnnxqError, UnsupportedError
+from onnxq.errors import CalibrationError, UnsupportedError
+from onnxq.fixed_shapes import fix_shapes
 from onnxq.model import Model, load
 from onnxq.model_io import TWO_GB, external_files
 from onnxq.ort_format import Verification, write_ort
@@ -31,6 +31,7 @@ from onnxq.signature import TensorSpec
 from onnxq.synthetic import synthesize
 from onnxq.targets import Target
 from onnxq.version import __version__
+from onnxq.whole_folder import check_folder, whole_folder
 
 __all__ = ["MANIFEST", "SAMPLES", "Deployment", "File", "deploy"]
 
@@ -140,13 +141,13 @@ def deploy(
     """
     target = Target.named(target)
     pictures = None if preprocess is None else Preprocess.of(preprocess)
-    folder = _free(Path(destination), force, (source, data, preprocess))
+    check_folder(Path(destination), force=force, reads=(source, data, preprocess))
     model = load(source)
     if model.nbytes > TWO_GB:
         raise UnsupportedError(
             "the ORT format holds 2 GB at most", where=model.path, fix="ship the .onnx file"
         )
-    _fix_shapes(model, shapes or {})
+    fix_shapes(model, shapes or {})
     session = check_loads(model)
     if pictures is not None:
         pictures = pictures.for_input(_picture(session.inputs))
@@ -159,25 +160,15 @@ def deploy(
     else:
         samples = calibration(data, count, pictures if _are_pictures(data) else None).limited(count)
     ctx = Context(samples, target=target, threads=threads, progress=progress)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=folder.parent) as scratch:
-            built = Path(scratch) / "new"
-            built.mkdir()
-            origin = built / ("model.onnx" if model.path is None else f"{model.path.stem}.onnx")
-            if isinstance(source, Model) or shapes or external_files(model.path):
-                model.save(origin)
-            else:
-                shutil.copyfile(source, origin)
-                model.notes.clear()  # they tell of a model that is written anew
-            result = _build(model, session, origin, ctx, pictures)
-            write_text(built / MANIFEST, json.dumps(result.to_dict(), indent=1) + "\n")
-            _put(built, folder, Path(scratch) / "old", force)
-    except OSError as error:
-        raise OnnxqError(
-            f"cannot be written: {error.strerror or error}",
-            where=destination,
-            fix="check the folder's permissions and the space on the disk",
-        ) from error
+    with whole_folder(Path(destination), force=force) as folder:
+        origin = folder / ("model.onnx" if model.path is None else f"{model.path.stem}.onnx")
+        if isinstance(source, Model) or shapes or external_files(model.path):
+            model.save(origin)
+        else:
+            shutil.copyfile(source, origin)
+            model.notes.clear()  # they tell of a model that is written anew
+        result = _build(model, session, origin, ctx, pictures)
+        write_text(folder / MANIFEST, json.dumps(result.to_dict(), indent=1) + "\n")
     return dataclasses.replace(result, folder=Path(destination))
 
 
@@ -203,8 +194,8 @@ def _build(
         files.append(_file(ort.path, "ort", ort.style, ort.session))
         files.append(_file(ort.operators, "operators", ort.style))
     share = fusion.integer_share(model, cost.tensor_shapes(model, next(iter(samples))), arm=True)
-    if is_quantized(model) and share.macs and not share.integer_macs:
-        notes.append("no layer runs in integers: activations are float")
+    if "MatMulNBits" in share.operators:
+        notes.append("some layers have nothing but their weights in integers (MatMulNBits)")
     return Deployment(
         folder=origin.parent,
         model=origin.stem,
@@ -224,34 +215,7 @@ def _build(
     )
 
 
-# ---------------------------------------------------------------------- the model
-
-
-def _fix_shapes(model: Model, given: Mapping[str, Sequence[int]]) -> None:
-    """Give inputs fixed sizes, and everything that shares a symbol with them.
-
-    Raises:
-        ModelError: No such input, sizes that do not fit it, or two sizes for one symbol.
-    """
-    if not given:
-        return
-    sizes = cost.input_shapes(model, given)
-    symbols: dict[str, int] = {}
-    for tensor in model.graph.inputs:
-        if tensor.name not in given:
-            continue
-        for symbol, size in zip(tensor.shape or (), sizes[tensor.name], strict=False):
-            if isinstance(symbol, str) and symbols.setdefault(symbol, size) != size:
-                raise ModelError(
-                    f"{symbol!r} would be {symbols[symbol]} and {size}",
-                    where=f"input {tensor.name}",
-                    fix="give both the same size",
-                )
-        tensor.shape = list(sizes[tensor.name])
-    for tensor in (*model.tensors().values(), *model.graph.outputs):
-        if isinstance(tensor.shape, (list, tuple)) and any(d in symbols for d in tensor.shape):
-            tensor.shape = [symbols.get(d, d) for d in tensor.shape]
-    model.infer()
+# ---------------------------------------------------------------------- the model and its inputs
 
 
 def _remarks(model: Model, inputs: Sequence[TensorSpec]) -> list[str]:
@@ -288,54 +252,7 @@ def _are_pictures(data: Any) -> bool:
     return kind == "pictures"
 
 
-# ---------------------------------------------------------------------- the folder
-
-
-def _free(folder: Path, force: bool, reads: Iterable[Any]) -> Path:
-    """The folder to make or to replace, links followed; refused before any work is done."""
-    try:
-        target = Path(os.path.realpath(folder))
-        if not target.parent.is_dir():
-            raise OnnxqError("no such folder", where=folder.parent, fix="create it first")
-        if target.exists() and not target.is_dir():
-            raise OnnxqError("is a file, not a folder", where=folder, fix="name a folder")
-        if target.is_dir():
-            if any(target.iterdir()) and not force:
-                raise OnnxqError(
-                    "the folder is not empty", where=folder, fix="name another, or take --force"
-                )
-            paths = [Path(r) for r in reads if isinstance(r, (str, os.PathLike))]
-            if any(Path(os.path.realpath(p)).is_relative_to(target) for p in (*paths, Path.cwd())):
-                raise OnnxqError(
-                    "an input or the current folder lies in it, and it would be replaced",
-                    where=folder,
-                    fix="name another folder",
-                )
-        if not os.access(target.parent, os.W_OK):
-            raise OnnxqError(
-                "the folder cannot be written to", where=target.parent, fix="take another one"
-            )
-    except OSError as error:  # a name that is too long, a folder that may not be looked into
-        raise OnnxqError(
-            f"cannot be written: {error.strerror}", where=folder, fix="name another folder"
-        ) from error
-    return target
-
-
-def _put(built: Path, folder: Path, old: Path, force: bool) -> None:
-    """Rename the folder into place; what was there is moved away, and back if that fails."""
-    if not folder.exists():
-        os.rename(built, folder)
-    elif not force:
-        folder.rmdir()  # it was empty, and has to be so still
-        os.rename(built, folder)
-    else:
-        os.rename(folder, old)
-        try:
-            os.rename(built, folder)
-        except BaseException:
-            os.rename(old, folder)
-            raise
+# ---------------------------------------------------------------------- facts
 
 
 def _file(

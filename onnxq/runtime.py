@@ -284,6 +284,7 @@ def save_ort(
 
     Raises:
         UnsupportedError: onnxruntime cannot write the model so.
+        OnnxqError: The file cannot be written.
     """
     config = KEEP_INT8 | _SAVE_ORT
     if style == "runtime":
@@ -292,6 +293,10 @@ def save_ort(
         Session(model, threads=1, level="extended", optimized_path=path, config=config)
     except ModelError as error:
         why = error.what.removeprefix("onnxruntime cannot load the model: ")
+        if why.startswith("Failed to save"):  # the file, not the format
+            raise OnnxqError(
+                "cannot be written", where=path, fix="check the folder and the space on the disk"
+            ) from error
         raise UnsupportedError(
             f"onnxruntime cannot write the ORT format: {why}",
             where=Path(model).name,

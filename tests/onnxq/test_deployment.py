@@ -270,7 +270,7 @@ def test_a_file_that_onnxruntime_does_not_load_again_is_left_out(tmp_path):
     (note,) = [n for n in result.notes if n.startswith("left out")]
     assert re.search(r"w4\.with_runtime_opt\.ort: onnxruntime does not load", note)
     assert not [*(tmp_path / "app").glob("*with_runtime_opt*")]
-    assert "no layer runs in integers: activations are float" in result.notes
+    assert "some layers have nothing but their weights in integers (MatMulNBits)" in result.notes
 
 
 def test_a_model_that_the_format_cannot_hold(tmp_path):
@@ -571,6 +571,12 @@ def test_a_folder_filled_in_the_meantime_is_left_alone(tmp_path, monkeypatch):
     with pytest.raises(OnnxqError, match="not empty"):
         onnxq.deploy(source, app)
     assert [p.name for p in app.iterdir()] == ["new"]
+
+
+def test_an_ort_file_that_cannot_be_written(tmp_path):
+    source = save(tmp_path, parse(CONV))
+    with pytest.raises(OnnxqError, match=r"cannot be written .*no.m\.ort\); check the folder"):
+        runtime.save_ort(source, tmp_path / "no" / "m.ort")
 
 
 def test_folders_that_cannot_be(tmp_path, monkeypatch):
