@@ -14,9 +14,6 @@ import numpy as np
 OUT = Path(__file__).parent / "out"
 # Status of a benchmark that has nothing to measure; `make bench` goes on after it.
 SKIPPED = 77
-# For sessions that are timed in turn: or the threads of one wait for work, at full speed, while the
-# next one runs.
-NO_SPINNING = {"session.force_spinning_stop": "1"}
 
 Feed = dict[str, np.ndarray]
 

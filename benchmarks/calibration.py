@@ -31,10 +31,11 @@ from pathlib import Path
 from typing import Any
 
 import _zoo
-from _zoo import NO_SPINNING, Feed, Reader, stream
+from _zoo import Feed, Reader, stream
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
 
+from onnxq.analysis.latency import NO_SPINNING
 from onnxq.model import Model, load
 from onnxq.pass_manager import Context, PassManager
 from onnxq.passes import Calibrate

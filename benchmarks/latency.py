@@ -24,11 +24,11 @@ from typing import Any
 
 import _zoo
 import numpy as np
-from _zoo import NO_SPINNING, Feed, Reader, stream
+from _zoo import Feed, Reader, stream
 from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
 import onnxq
-from onnxq.analysis.latency import runs
+from onnxq.analysis.latency import NO_SPINNING, runs
 from onnxq.runtime import Session, versions
 
 # Differences of latency up to this share are those of measuring.
@@ -59,7 +59,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names = args.models or sorted(f.stem for f in (zoo / "models").glob("*.onnx"))
         pairs = [(zoo / "models" / f"{name}.onnx", _zoo.samples(zoo, name)) for name in names]
     rows = [measure(*pair, args.samples, args.threads, args.seconds) for pair in pairs]
-    print(f"batch 1, {args.threads or 'all'} threads, onnxruntime {versions()['onnxruntime']}")
+    threads = args.threads or "all cores"
+    print(
+        f"batch 1, threads: {threads}, onnxruntime {versions()['onnxruntime']}; median (quartiles)"
+    )
     print(table(rows))
     _zoo.OUT.mkdir(exist_ok=True)
     (_zoo.OUT / "latency.json").write_text(json.dumps(rows, indent=1))

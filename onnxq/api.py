@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from onnxq import encodings_json, recipe, report_html
-from onnxq.analysis import cost, error, fusion, latency
+from onnxq.analysis import cost, error, fusion
+from onnxq.analysis.latency import NO_SPINNING, Latency, pair
 from onnxq.analysis.storage import Storage, storage
 from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
 from onnxq.calibration import Calibration, Samples
@@ -35,6 +36,7 @@ from onnxq.passes import (
     LoadEncodings,
     NoiseEqualization,
 )
+from onnxq.pictures import Preprocess
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.report import Report, write_text
@@ -47,10 +49,13 @@ from onnxq.version import __version__
 __all__ = [
     "Comparison",
     "Inspection",
+    "calibration",
+    "check_loads",
     "check_outputs",
     "compare",
     "equalize_model",
     "inspect",
+    "is_quantized",
     "quantize",
     "run",
 ]
@@ -172,11 +177,11 @@ def run(
     chosen = _recipe(recipe)
     check_outputs([destination, statistics, report], models=[source], others=[calib])
     before = load(source)
-    if any(_QUANTIZED.fullmatch(n.op) for n in before.graph.nodes):
+    if is_quantized(before):
         raise ModelError(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
-    _check_loads(before)
+    check_loads(before)
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")
@@ -191,7 +196,7 @@ def run(
         )
         data: Calibration | None = Calibration(made)
     else:
-        data = None if calib is None else _calibration(calib, limit, preprocess)
+        data = None if calib is None else calibration(calib, limit, preprocess)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
         data,
@@ -267,7 +272,7 @@ class Comparison:
     Args:
         outputs: Errors per output.
         bytes: File sizes: float, other.
-        latency_ms: Median milliseconds per sample: float, other; empty if not timed.
+        latency: Milliseconds per sample of both, and their ratio; None if not timed.
         samples: How many samples were compared.
         threads: Threads of onnxruntime while timing; 0 for all cores.
         notes: What was given up when loading the samples.
@@ -275,10 +280,16 @@ class Comparison:
 
     outputs: list[error.OutputError]
     bytes: tuple[int, int]
-    latency_ms: tuple[float, ...]
+    latency: Latency | None
     samples: int
     threads: int
     notes: list[str]
+
+    @property
+    def latency_ms(self) -> tuple[float, ...]:
+        """Median milliseconds per sample: float, other; empty if not timed."""
+        timed = self.latency
+        return () if timed is None else (timed.reference_ms.median, timed.other_ms.median)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
@@ -286,6 +297,7 @@ class Comparison:
             "outputs": [o.to_dict() for o in self.outputs],
             "bytes": {"float": self.bytes[0], "other": self.bytes[1]},
             "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
+            "latency": None if self.latency is None else self.latency.to_dict(),
             "samples": self.samples,
             "threads": self.threads,
             "notes": self.notes,
@@ -301,23 +313,37 @@ def compare(
     preprocess: Any = None,
     threads: int = 0,
     timed: bool = True,
+    runs: int | None = None,
     progress: Progress | None = None,
 ) -> Comparison:
     """Compare two models output by output on the same samples.
 
+    Args:
+        reference: The float model.
+        other: What should give the same.
+        data: Samples in any form that `Calibration` takes.
+        limit: Use at most so many samples.
+        preprocess: Preset or TOML file that turns pictures into inputs.
+        threads: Threads for onnxruntime; 0 for all cores.
+        timed: Whether to time both, in turns, on the first sample.
+        runs: Timed runs of each; None: as many as there are in about two seconds, at least ten.
+        progress: Where progress is shown.
+
     Raises:
         OnnxqError: A model or a sample cannot be read, or their signatures differ.
     """
-    ctx = Context(_calibration(data, limit, preprocess), threads=threads, progress=progress)
+    ctx = Context(calibration(data, limit, preprocess), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
-    sessions = [Session(load(p).to_proto(), threads=threads) for p in paths]
+    if runs is not None and runs < 1:
+        raise OnnxqError(f"runs: wanted 1 or more, got {runs}")
+    sessions = [Session(load(p).to_proto(), threads=threads, config=NO_SPINNING) for p in paths]
     samples = ctx.spread(sessions[0], 0)
     with ctx.progress.task("compare", samples.length) as advance:
         outputs = error.compare(sessions[0], sessions[1], samples, advance)
-    times: tuple[float, ...] = ()
+    times: Latency | None = None
     if timed:
         with ctx.progress.task("time", None):
-            times = latency.alternate(sessions, next(iter(samples)))
+            times = pair(sessions[0], sessions[1], next(iter(samples)), count=runs)
     sizes = (_bytes(paths[0]), _bytes(paths[1]))
     count = outputs[0].samples if outputs else 0
     return Comparison(outputs, sizes, times, count, threads, ctx.report.notes)
@@ -430,6 +456,35 @@ def check_outputs(
             raise OnnxqError("is given for two outputs", where=path, fix="name another file")
 
 
+def check_loads(model: Model) -> Session:
+    """Let onnxruntime refuse a model before anything else stumbles over it.
+
+    Returns:
+        The session, nothing optimized.
+
+    Raises:
+        ModelError: It does.
+    """
+    try:
+        return Session(model.to_proto(), threads=1, level="disabled")
+    except ModelError as error:
+        raise ModelError(error.what, where=model.path, fix=error.fix) from error
+
+
+def calibration(
+    source: Any, limit: int | None, preprocess: str | os.PathLike[str] | Preprocess | None
+) -> Calibration:
+    """Samples, unless they are `Calibration` already."""
+    if isinstance(source, Calibration):
+        return source
+    return Calibration(source, limit=limit, preprocess=preprocess)
+
+
+def is_quantized(model: Model) -> bool:
+    """Whether a model has operators of quantized ones."""
+    return any(_QUANTIZED.fullmatch(n.op) for n in model.graph.nodes)
+
+
 # ---------------------------------------------------------------------- parts
 
 
@@ -449,12 +504,6 @@ def _fitting_recipe(
 
 def _recipe(given: str | os.PathLike[str] | Recipe) -> Recipe:
     return given if isinstance(given, Recipe) else recipe.load(given)
-
-
-def _calibration(source: Any, limit: int | None, preprocess: Any) -> Calibration:
-    if isinstance(source, Calibration):
-        return source
-    return Calibration(source, limit=limit, preprocess=preprocess)
 
 
 def _with_options(steps: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass, ...]:
@@ -514,14 +563,6 @@ def _check_output(path: Path) -> None:
         raise OnnxqError("no such folder", where=folder, fix="create it first")
     if not os.access(folder, os.W_OK):
         raise OnnxqError("the folder cannot be written to", where=folder, fix="take another one")
-
-
-def _check_loads(model: Model) -> None:
-    """Let onnxruntime refuse a model before any pass stumbles over it."""
-    try:
-        Session(model.to_proto(), threads=1, level="disabled")
-    except ModelError as error:
-        raise ModelError(error.what, where=model.path, fix=error.fix) from error
 
 
 def _known_statistics(path: Path | None, model: Model) -> Statistics | None:

@@ -20,6 +20,7 @@ __all__ = [
     "TWO_GB",
     "external_files",
     "external_tensors",
+    "is_ort",
     "read_proto",
     "serialized_size",
     "stored_bytes",
@@ -47,6 +48,10 @@ def read_proto(path: Path) -> onnx.ModelProto:
     except OSError as error:
         raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
     except (DecodeError, ValueError, UnicodeDecodeError) as error:
+        if is_ort(path):
+            raise ModelError(
+                "is a model in ORT format", where=path, fix="give the .onnx that it was made from"
+            ) from error
         raise ModelError(
             "is not an ONNX model, or is cut off", where=path, fix="export or copy it again"
         ) from error
@@ -59,6 +64,12 @@ def read_proto(path: Path) -> onnx.ModelProto:
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise ModelError(f"external data cannot be read: {error}", where=path) from error
     return proto
+
+
+def is_ort(path: Path) -> bool:
+    """Whether a file is in onnxruntime's own format."""
+    with path.open("rb") as stream:
+        return stream.read(8)[4:] == b"ORTM"
 
 
 def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:

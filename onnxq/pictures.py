@@ -181,6 +181,17 @@ class Preprocess:
             x = x.transpose(2, 0, 1)
         return _typed(np.ascontiguousarray(x)[None], spec, where)
 
+    def for_input(self, spec: TensorSpec) -> Preprocess:
+        """The same with the layout, and the size as far as it is fixed, that an input has.
+
+        Raises:
+            CalibrationError: The input does not take such pictures.
+        """
+        layout, (height, width) = self._shape(spec)
+        if height is None or width is None:
+            return replace(self, layout=layout)
+        return replace(self, layout=layout, size=(height, width))
+
     def _shape(self, spec: TensorSpec) -> tuple[Layout, tuple[int | None, int | None]]:
         """Layout, and height and width as far as they are fixed."""
         shape = (None,) * 4 if spec.shape is None else spec.shape

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import logging
 import os
 import platform
 import re
 import shutil
+import sys
 import tempfile
+import warnings
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +21,25 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from onnxq.errors import CalibrationError, ModelError, OnnxqError
+from onnxq.errors import CalibrationError, ModelError, OnnxqError, UnsupportedError
 from onnxq.model_io import TWO_GB, serialized_size
 from onnxq.signature import TensorSpec
 
-__all__ = ["EXTERNAL_FOLDER", "Level", "Session", "cores", "versions"]
+__all__ = [
+    "EXTERNAL_FOLDER",
+    "KEEP_INT8",
+    "REPLAY",
+    "SAVED_ONLY",
+    "Level",
+    "Session",
+    "Style",
+    "cores",
+    "required_operators",
+    "save_ort",
+    "versions",
+]
 
+Style = Literal["fixed", "runtime"]
 Level = Literal["disabled", "basic", "extended", "all"]
 
 _LEVELS = {
@@ -45,6 +61,12 @@ _DTYPES |= {
 
 # The session configuration entry: where external data of a serialized model lies
 EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+# Others: int8 activations stay int8, as on ARM, where x64 would make them uint8; optimizations that
+# an .ort file of the style `runtime` holds are applied as it is loaded; an .onnx gets these alone
+KEEP_INT8 = {"session.qdqisint8allowed": "1"}
+REPLAY = {"session.enable_saved_runtime_optimizations": "1"}
+SAVED_ONLY = {"optimization.minimal_build_optimizations": "apply"}
+_SAVE_ORT = {"session.save_model_format": "ORT"}
 # A place in onnxruntime's source: file and line, then the name or the whole signature of a function
 _SOURCE = re.compile(
     r"(?:/\S*/)?\w+\.(?:cc|h):\d+ "
@@ -116,6 +138,11 @@ class Session:
                 raise _unknown(name, nodes)
         self.inputs = [_spec(i) for i in self._session.get_inputs()]
         self.outputs = [_spec(nodes[name]) for name in self._names]
+
+    @property
+    def provider(self) -> str:
+        """The execution provider that nodes run on first."""
+        return str(self._session.get_providers()[0])
 
     def _load(self, source: bytes | str, options: ort.SessionOptions) -> Any:
         try:
@@ -237,6 +264,95 @@ def _message(error: Exception) -> str:
     text = lines[0] if lines else type(error).__name__
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     return _SOURCE.sub("", text).strip().rstrip(".")
+
+
+def save_ort(
+    model: str | os.PathLike[str], path: str | os.PathLike[str], style: Style = "fixed"
+) -> None:
+    """Write a model in onnxruntime's own format, for processors of any kind.
+
+    Level EXTENDED is the last one that knows nothing of this machine: blocks of channels (NCHWc)
+    come after it. Channels-last for integer convolutions comes after it, too; onnxruntime adds that
+    as it loads the file. int8 activations stay int8.
+
+    Args:
+        model: The path of the .onnx file.
+        path: Where the .ort file is written.
+        style: ``fixed``: optimized, for the CPU provider. ``runtime``: as ONNX defines it, with the
+            optimizations beside it (`REPLAY`), for providers that take nodes as they load a model,
+            such as NNAPI and XNNPACK.
+
+    Raises:
+        UnsupportedError: onnxruntime cannot write the model so.
+        OnnxqError: The file cannot be written.
+    """
+    config = KEEP_INT8 | _SAVE_ORT
+    if style == "runtime":
+        config |= {"optimization.minimal_build_optimizations": "save"}
+    try:
+        Session(model, threads=1, level="extended", optimized_path=path, config=config)
+    except ModelError as error:
+        why = error.what.removeprefix("onnxruntime cannot load the model: ")
+        if why.startswith("Failed to save"):  # the file, not the format
+            raise OnnxqError(
+                "cannot be written", where=path, fix="check the folder and the space on the disk"
+            ) from error
+        raise UnsupportedError(
+            f"onnxruntime cannot write the ORT format: {why}",
+            where=Path(model).name,
+            fix="ship the .onnx file",
+        ) from error
+
+
+def required_operators(
+    path: str | os.PathLike[str], config: Mapping[str, str] | None = None
+) -> tuple[str, bool]:
+    """What a build of onnxruntime needs for an .ort file, as its ``--include_ops_by_config`` reads.
+
+    Args:
+        path: The file.
+        config: Session configuration entries that it is loaded with.
+
+    Returns:
+        A line per operator set: the operators of the file, and those that loading makes of them;
+        and whether they stand with their element types.
+    """
+    processor, new_usage = _ort_tools()
+    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
+        loaded = os.path.join(folder, "loaded.ort")
+        Session(path, threads=1, optimized_path=loaded, config={**(config or {}), **_SAVE_ORT})
+
+        def found(usage: Any) -> dict[str, dict[int, set[str]]]:
+            operators: dict[str, dict[int, set[str]]] = {}
+            for file in (os.fspath(path), loaded):
+                with warnings.catch_warnings(category=ResourceWarning, action="ignore"):
+                    reader = processor(file, operators, usage)  # does not close the file
+                reader.process()
+            return operators
+
+        usage = new_usage()
+        try:
+            operators = found(usage)
+        except (KeyError, ValueError, RuntimeError):  # an element type that the tool has no name of
+            usage, operators = None, found(None)
+    lines = []
+    for domain, sets in sorted(operators.items()):
+        for version, names in sorted(sets.items()):
+            types = [usage.get_config_entry(domain, n) if usage else None for n in sorted(names)]
+            texts = [n + (t or "") for n, t in zip(sorted(names), types, strict=True)]
+            lines.append(f"{domain};{version};{','.join(texts)}\n")
+    return "".join(lines), usage is not None
+
+
+def _ort_tools() -> tuple[Any, Any]:
+    """Onnxruntime's readers of .ort files; importing them touches the root logger and sys.path."""
+    root = logging.getLogger()
+    handlers, folders = root.handlers[:], sys.path[:]
+    try:
+        from onnxruntime.tools import ort_format_model as tools
+    finally:
+        root.handlers[:], sys.path[:] = handlers, folders
+    return tools.OrtFormatModelProcessor, tools.OperatorTypeUsageManager
 
 
 def cores() -> int:

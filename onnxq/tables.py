@@ -10,14 +10,25 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from onnxq.analysis.error import OutputError
+from onnxq.analysis.latency import WARM_UP, Latency
 from onnxq.api import Comparison, Inspection
+from onnxq.deployment import MANIFEST, Deployment
 from onnxq.pages import page
 from onnxq.passes import PASSES
 from onnxq.recipe import RECIPES
 from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
 
-__all__ = ["comparison", "inspection", "pass_list", "pass_page", "summary"]
+__all__ = ["comparison", "deployment", "inspection", "pass_list", "pass_page", "summary"]
 
+# What the files of a deployed folder are for.
+_PURPOSES = {
+    ("onnx", None): "full packages of onnxruntime",
+    ("ort", "fixed"): "full packages and custom builds, on the CPU",
+    ("ort", "runtime"): "the same, where other providers take nodes",
+    ("operators", "fixed"): "custom builds that run the .ort",
+    ("operators", "runtime"): "custom builds that run the .with_runtime_opt.ort",
+}
 # Refusals listed one by one before the rest is counted.
 LISTED = 8
 
@@ -86,15 +97,24 @@ def comparison(result: Comparison) -> None:
             click.echo(f"output {output['name']}: {count} are left out")
     first, second = result.bytes
     click.echo(f"bytes: {megabytes(first)} -> {megabytes(second)}, {first / second:.2f} times")
-    if result.latency_ms:
-        first_ms, second_ms = result.latency_ms
-        threads = f"{result.threads} threads" if result.threads else "all cores"
-        click.echo(
-            f"latency: {first_ms:.2f} ms -> {second_ms:.2f} ms a sample,"
-            f" {first_ms / second_ms:.2f} times, median of alternating runs, {threads}"
-        )
+    if result.latency is not None:
+        _latency(result.latency)
     for note in result.notes:
         click.echo(f"note: {note}")
+
+
+def _latency(found: Latency) -> None:
+    """Medians, quartiles in brackets."""
+    texts = [
+        f"{s.median:.2f}{unit} ({s.low:.2f} to {s.high:.2f})"
+        for s, unit in ((found.reference_ms, " ms"), (found.other_ms, " ms"), (found.speedup, ""))
+    ]
+    threads = f"threads: {found.threads or 'all cores'}"
+    click.echo(f"latency: {texts[0]} -> {texts[1]} a sample, speedup {texts[2]}")
+    click.echo(
+        f"  median (quartiles) of {found.runs} runs each, in turns, {WARM_UP} before left out;"
+        f" {found.provider}, {threads}"
+    )
 
 
 def inspection(result: Inspection) -> None:
@@ -125,6 +145,37 @@ def inspection(result: Inspection) -> None:
     click.echo("spread: largest |weight| of a channel over the median channel's")
     for note in result.notes:
         click.echo(f"note: {note}")
+
+
+def deployment(result: Deployment) -> None:
+    """What lies in the folder, and how it was verified."""
+    click.echo(f"{result.folder}: {result.model} for {result.target}")
+    table = _table("file", "size", "what for")
+    for file in result.files:
+        table.add_row(file.name, megabytes(file.bytes), _PURPOSES[file.kind, file.style])
+    manifest = result.folder / MANIFEST
+    table.add_row(MANIFEST, megabytes(manifest.stat().st_size), "hashes, inputs, outputs, versions")
+    _print(table)
+    click.echo("inputs:  " + "; ".join(map(str, result.inputs)))
+    click.echo("outputs: " + "; ".join(map(str, result.outputs)))
+    if result.integer_macs:
+        share = result.integer_macs / result.macs
+        click.echo(f"MACs in integers on ARM: {share:.1%} of {millions(result.macs)} a sample")
+    count = max((o.samples for v in result.verifications for o in v.outputs), default=0)
+    what = f"{count} samples" + (" that were made up" if result.verified_on == "made up" else "")
+    click.echo(f"verified in fresh sessions, against the .onnx optimized alike, on {what}:")
+    for found in result.verifications:
+        loaded = ", optimizations replayed" if found.session else ""
+        for output in found.outputs:
+            click.echo(f"  {found.file}{loaded}: {output.name}: {_agreement(output)}")
+    for note in result.notes:
+        click.echo(f"note: {note}")
+
+
+def _agreement(output: OutputError) -> str:
+    if output.sqnr_db is not None:
+        return f"SQNR {output.sqnr_db:.1f} dB, max |error| {output.max_abs_error:.3g}"
+    return "not compared" if output.equal is None else f"{output.equal:.2%} equal"
 
 
 def pass_list() -> None:

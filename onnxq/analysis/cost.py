@@ -18,7 +18,7 @@ from onnxq.model import Model, is_standard, producer
 from onnxq.progress import Progress, Silent
 from onnxq.runtime import Session
 
-__all__ = ["LayerCost", "Shapes", "layer_costs", "tensor_shapes"]
+__all__ = ["LayerCost", "Shapes", "input_shapes", "layer_costs", "tensor_shapes"]
 
 # Tensor name -> its concrete shape; None, or no entry, where it is not known.
 Shapes = Mapping[str, tuple[int, ...] | None]
@@ -205,7 +205,7 @@ def tensor_shapes(
         CalibrationError: A whole feed that does not fit the model.
     """
     given = dict(given or {})
-    shapes: dict[str, tuple[int, ...] | None] = dict(_input_shapes(model, given))
+    shapes: dict[str, tuple[int, ...] | None] = dict(input_shapes(model, given))
     shapes |= _inferred(model, shapes)
     missing = {
         t.name: None
@@ -228,9 +228,14 @@ def tensor_shapes(
     return shapes
 
 
-def _input_shapes(
+def input_shapes(
     model: Model, given: Mapping[str, np.ndarray | Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
+    """Shapes of the inputs whose rank is known, those given checked against the model.
+
+    Raises:
+        ModelError: `given` does not fit the inputs.
+    """
     for name in given:
         if name not in model.inputs:
             raise ModelError(f"no input {name!r}", fix=f"inputs are {', '.join(model.inputs)}")

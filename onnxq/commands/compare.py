@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from onnxq.commands.group import Command
-from onnxq.commands.options import FILE, output, progress, samples, threads, write_json
+from onnxq.commands.options import COUNT, FILE, output, progress, samples, threads, write_json
 
 __all__ = ["compare"]
 
@@ -31,6 +31,13 @@ __all__ = ["compare"]
     show_default=True,
     help="Whether to time both models, in turns, on the first sample.",
 )
+@click.option(
+    "--runs",
+    type=COUNT,
+    metavar="N",
+    show_default="those of about two seconds, at least 10",
+    help="Timed runs of each model, after two that are left out.",
+)
 @threads
 @output
 def compare(
@@ -42,8 +49,13 @@ def compare(
     float output over the power of the difference, in dB: 20 is an error of a tenth, 40 of a
     hundredth. Top-1 agreement is the share of positions with the same greatest class.
 
+    Latency is that of both models run in turns, in an order drawn anew each round, so that other
+    work on the machine slows both: medians with quartiles, and the quartiles of the ratio round by
+    round.
+
     Examples:
       onnxq compare in.onnx out.onnx --data samples/
+      onnxq compare in.onnx out.onnx --data samples/ --threads 1 --runs 200
       onnxq compare in.onnx out.onnx --data samples/ --no-latency --json error.json
     """
     from onnxq import api, tables

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,26 @@ class Duration(click.ParamType):  # type: ignore[type-arg]  # generic in newer v
         return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
 
 
+class Shape(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions
+    """The sizes of an input, as (name, sizes)."""
+
+    name = "shape"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """What a text such as image=1x3x224x224 means."""
+        if isinstance(value, tuple):
+            return value
+        name, _, sizes = str(value).rpartition("=")
+        try:
+            found = tuple(int(s) for s in sizes.lower().split("x"))
+        except ValueError:
+            found = ()
+        if not name or not found or min(found) < 1:
+            self.fail(f"{value!r} is not of the form input=1x3x224x224", param, ctx)
+        return name, found
+
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
 FILE = click.Path(path_type=Path, readable=False)  # what cannot be read is said by its reader
 COUNT = click.IntRange(min=1)
 
@@ -62,6 +82,15 @@ samples = options(
         help="How pictures become inputs: imagenet, mobilenet, tf, caffe, unit, raw, yolox, yolov5,"
         " yolov8, or a TOML file. Needed where the samples are pictures.",
     ),
+)
+shapes = click.option(
+    "--shape",
+    "shapes",
+    type=Shape(),
+    multiple=True,
+    metavar="INPUT=SIZES",
+    show_default="unknown sizes count as 1",
+    help="Sizes of a dynamic input, as in --shape image=1x3x224x224. Repeat it for more.",
 )
 output = options(
     click.option(

@@ -251,10 +251,19 @@ def test_compare(source, tmp_path):
     assert plain["bytes"] == {"float": source.stat().st_size, "other": out.stat().st_size}
     assert plain["samples"] == 4
     assert plain["latency_ms"] == {}
-    same = onnxq.compare(source, source, data(), limit=2)
+    assert plain["latency"] is None
+    same = onnxq.compare(source, source, data(), limit=2, threads=1, runs=5)
     assert same.outputs[0].sqnr_db == 200
     assert same.samples == 2
-    assert len(same.latency_ms) == 2
+    timed = same.latency
+    assert (timed.runs, timed.threads, timed.provider) == (5, 1, "CPUExecutionProvider")
+    assert same.latency_ms == (timed.reference_ms.median, timed.other_ms.median)
+    for spread in (timed.reference_ms, timed.other_ms, timed.speedup):
+        assert 0 < spread.low <= spread.median <= spread.high
+    plain = same.to_dict()
+    assert plain["latency"]["float_ms"]["median"] == plain["latency_ms"]["float"]
+    with pytest.raises(OnnxqError, match="runs: wanted 1 or more, got 0"):
+        onnxq.compare(source, source, data(), runs=0)
 
 
 def test_compare_of_models_with_other_outputs(source, tmp_path):

@@ -1,6 +1,7 @@
 """The command line on the digits example: exit codes, streams, files."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,13 @@ def test_quantize_compare_and_reuse(tmp_path):
     compared = onnxq("compare", MODEL, out, "--data", CALIB, "--no-latency")
     assert compared.exit_code == 0, compared.output
     assert "logits" in compared.stdout
+    assert "latency" not in compared.stdout
+    timed = onnxq("compare", MODEL, out, "--data", CALIB, "--runs", 3, "--threads", 1)
+    ms = r"\d+\.\d\d ms \(\d+\.\d\d to \d+\.\d\d\)"
+    ratio = r"speedup \d+\.\d\d \(\d+\.\d\d to \d+\.\d\d\)"
+    assert re.search(f"^latency: {ms} -> {ms} a sample, {ratio}$", timed.stdout, re.M)
+    assert "of 3 runs each, in turns, 2 before left out" in timed.stdout
+    assert "CPUExecutionProvider, threads: 1\n" in timed.stdout
 
 
 def test_low_bits_are_shown(tmp_path):
@@ -203,7 +211,8 @@ def test_json_has_what_was_asked_for_and_quiet_says_nothing(tmp_path):
     result = onnxq("compare", MODEL, out, "--data", CALIB, "--limit", 8, "--no-latency", *quiet)
     assert (result.exit_code, result.output) == (0, "")
     found = json.loads(facts.read_text())
-    assert set(found) == {"outputs", "bytes", "latency_ms", "samples", "threads", "notes"}
+    wanted = {"outputs", "bytes", "latency_ms", "latency", "samples", "threads", "notes"}
+    assert set(found) == wanted
     assert found["outputs"][0]["name"] == "logits"
     assert found["samples"] == 8
 

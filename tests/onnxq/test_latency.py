@@ -16,6 +16,8 @@ class Clock:
 class Model:
     """Takes so many milliseconds a run: the first two are to warm up."""
 
+    threads, provider = 3, "CPUExecutionProvider"
+
     def __init__(self, clock, log, name, *milliseconds):
         self.clock, self.log, self.name = clock, log, name
         self.milliseconds = milliseconds
@@ -36,12 +38,35 @@ def models(monkeypatch):
     return [Model(clock, log, "a", 1, 2, 9), Model(clock, log, "b", 4), Model(clock, log, "c", 6)]
 
 
-def test_medians_and_every_run(models):
+def test_every_run_but_those_to_warm_up(models):
     rows = latency.runs(models, {"x": 1}, seconds=0.0, least=6)
     np.testing.assert_allclose(rows, [[1, 2, 9, 1, 2, 9], [4] * 6, [6] * 6])
-    for model in models:
-        model.count = 0
-    assert latency.alternate(models, {"x": 1}, seconds=0.0, least=9) == pytest.approx((2, 4, 6))
+    assert [m.count for m in models] == [latency.WARM_UP + 6] * 3
+
+
+def test_medians_quartiles_and_the_ratio_of_each_round(models):
+    found = latency.pair(*models[:2], {"x": 1}, count=9)
+    one, two = np.repeat([1, 2, 9], 3), np.full(9, 4)
+    for spread, values in (
+        (found.reference_ms, one),
+        (found.other_ms, two),
+        (found.speedup, one / two),
+    ):
+        wanted = np.quantile(values, [0.25, 0.5, 0.75])
+        np.testing.assert_allclose([spread.low, spread.median, spread.high], wanted)
+    assert found.to_dict() == {
+        "float_ms": pytest.approx({"median": 2, "low": 1, "high": 9}),
+        "other_ms": pytest.approx({"median": 4, "low": 4, "high": 4}),
+        "speedup": pytest.approx({"median": 0.5, "low": 0.25, "high": 2.25}),
+        "runs": 9,
+        "threads": 3,
+        "provider": "CPUExecutionProvider",
+        "warm_up": latency.WARM_UP,
+    }
+
+
+def test_without_a_number_of_runs_time_decides(models):
+    assert latency.pair(*models[1:], {"x": 1}).runs == 200  # 10 ms a round, 2 s
 
 
 def test_every_round_runs_each_once_in_an_order_of_its_own(models):
