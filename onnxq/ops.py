@@ -11,6 +11,7 @@ __all__ = [
     "ACTIVATIONS",
     "FUNCTIONS",
     "LAYERS",
+    "PRODUCTS",
     "SHAPES",
     "LayerOp",
     "Window",
@@ -45,6 +46,21 @@ LAYERS = {
     "ConvTranspose": LayerOp(weight=1, bias=2),
     "Gemm": LayerOp(weight=1, bias=2),
     "MatMul": LayerOp(weight=1, bias=None),
+}
+
+# Their forms in integers and in onnxruntime: the layer, and the input indices of its two factors.
+PRODUCTS = {
+    "ConvInteger": ("Conv", 0, 1),
+    "DynamicQuantizeMatMul": ("MatMul", 0, 1),
+    "FusedConv": ("Conv", 0, 1),
+    "FusedGemm": ("Gemm", 0, 1),
+    "FusedMatMul": ("MatMul", 0, 1),
+    "MatMulInteger": ("MatMul", 0, 1),
+    "MatMulIntegerToFloat": ("MatMul", 0, 1),
+    "MatMulNBits": ("MatMul", 0, 1),
+    "QGemm": ("Gemm", 0, 3),
+    "QLinearConv": ("Conv", 0, 3),
+    "QLinearMatMul": ("MatMul", 0, 3),
 }
 
 # Element-wise functions that an integer operator before them takes over by saturation.

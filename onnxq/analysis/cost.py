@@ -87,13 +87,31 @@ def layer_costs(model: Model, shapes: Shapes, *, batch: int | None = None) -> li
 
 def mac_nodes(model: Model) -> list[gs.Node]:
     """The nodes that carry the MACs, in graph order; subgraphs left out."""
-    return [n for n in model.graph.nodes if n.op in ops.LAYERS and is_standard(n)]
+    return [n for n in model.graph.nodes if factors(n) is not None]
+
+
+def factors(node: gs.Node) -> tuple[str, gs.Tensor, gs.Tensor] | None:
+    """The layer that a node is, and the two tensors that it multiplies; None if it is none.
+
+    Integer operators and those of onnxruntime count as the layer that they are a form of.
+    """
+    if node.op in ops.LAYERS and is_standard(node):
+        return str(node.op), node.inputs[0], node.inputs[1]
+    if node.op in ops.PRODUCTS:
+        layer, left, right = ops.PRODUCTS[node.op]
+        return layer, node.inputs[left], node.inputs[right]
+    return None
 
 
 def _cost(model: Model, node: gs.Node, known: Shapes, batch: int) -> LayerCost:
-    constants = [c for t in node.inputs[:3] if (c := _constant(t)) is not None]
-    total = _macs(node, [_shape(t, known) for t in (*node.inputs[:2], node.outputs[0])])
-    left, right = (_constant(t) is not None for t in node.inputs[:2])
+    found = factors(node)
+    assert found is not None
+    layer, *pair = found
+    bias = ops.LAYERS[layer].bias
+    third = node.inputs[bias : bias + 1] if node.op in ops.LAYERS and bias is not None else []
+    constants = [c for t in (*pair, *third) if (c := _constant(t)) is not None]
+    total = _macs(node, layer, [_shape(t, known) for t in (*pair, node.outputs[0])])
+    left, right = (_constant(t) is not None for t in pair)
     weight = 0 if left and not right else 1
     return LayerCost(
         name=node.name,
@@ -102,19 +120,21 @@ def _cost(model: Model, node: gs.Node, known: Shapes, batch: int) -> LayerCost:
         nbytes=sum((math.prod(c.shape) * _stored_bits(c.dtype) + 7) // 8 for c in constants),
         macs=None if total is None else total // batch,
         output_shape=_shape(node.outputs[0], known),
-        weight_bits=_bits(model, node, weight),
-        activation_bits=_bits(model, node, 1 - weight),
+        weight_bits=_bits(model, node, pair[weight]),
+        activation_bits=_bits(model, node, pair[1 - weight]),
     )
 
 
-def _macs(node: gs.Node, shapes: Sequence[tuple[int, ...] | None]) -> int | None:
+def _macs(node: gs.Node, layer: str, shapes: Sequence[tuple[int, ...] | None]) -> int | None:
     left, right, out = shapes
-    if node.op == "ConvTranspose":
+    if layer == "ConvTranspose":
         return None if left is None or right is None else math.prod(left) * math.prod(right[1:])
     if out is None:
         return None
-    if node.op == "Conv":
+    if layer == "Conv":
         return None if right is None else math.prod(out) * math.prod(right[1:])
+    if node.op == "MatMulNBits":
+        return math.prod(out) * int(node.attrs["K"])
     # the axis that is summed over, from whichever side is known
     if left is not None:
         return math.prod(out) * left[0 if node.attrs.get("transA", 0) else -1]
@@ -124,8 +144,7 @@ def _macs(node: gs.Node, shapes: Sequence[tuple[int, ...] | None]) -> int | None
     return None
 
 
-def _bits(model: Model, node: gs.Node, index: int) -> int:
-    tensor = node.inputs[index]
+def _bits(model: Model, node: gs.Node, tensor: gs.Tensor) -> int:
     before = producer(tensor)
     if before is not None and before.op == "DequantizeLinear":
         unpacked = producer(before.inputs[0])
@@ -134,9 +153,16 @@ def _bits(model: Model, node: gs.Node, index: int) -> int:
         return _stored_bits(dequantized_type(before))
     if tensor.name in model.encodings and node.name not in model.encodings.float_nodes:
         return model.encodings[tensor.name].bits
+    if node.op in ops.PRODUCTS:
+        return 32 if tensor.dtype is None else _stored_bits(tensor.dtype)
     # all of them have one element type, where it is known
     types = [t.dtype for t in (*node.inputs[:2], node.outputs[0]) if t.dtype is not None]
     return _stored_bits(types[0]) if types else 32
+
+
+def _factors(node: gs.Node) -> Sequence[gs.Tensor]:
+    found = factors(node)
+    return () if found is None else found[1:]
 
 
 def dequantized_type(node: gs.Node) -> Any:
@@ -210,7 +236,7 @@ def tensor_shapes(
     missing = {
         t.name: None
         for node in mac_nodes(model)
-        for t in (*node.inputs[:2], node.outputs[0])
+        for t in (*_factors(node), node.outputs[0])
         if not isinstance(t, gs.Constant) and t.name not in shapes
     }
     if not missing:

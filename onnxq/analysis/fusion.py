@@ -26,7 +26,7 @@ from onnxq.model import Model, consumers, load, producer
 from onnxq.runtime import Session
 from onnxq.targets import TARGETS
 
-__all__ = ["Fusion", "LayerFusion", "integer_share"]
+__all__ = ["Fusion", "LayerFusion", "Optimized", "integer_share", "optimized_graph"]
 
 _TARGET = TARGETS["ort-cpu"]
 # Operators of onnxruntime that multiply integers.
@@ -139,7 +139,7 @@ def integer_share(
         ModelError: onnxruntime cannot load the model.
     """
     model = model if isinstance(model, Model) else load(model)
-    optimized = _Optimized(_optimized(model, arm))
+    optimized = Optimized(optimized_graph(model, arm=arm))
     costs = {c.name: c.macs for c in layer_costs(model, shapes or {})}
     if None in costs.values():
         known = {n: s for n, s in (shapes or {}).items() if s is not None}
@@ -158,11 +158,11 @@ def integer_share(
 
 
 def _possible(op: str) -> bool:
-    kernel = _TARGET.kernels.get(op)
+    kernel = _TARGET.kernels.get(ops.PRODUCTS[op][0] if op in ops.PRODUCTS else op)
     return kernel is not None and kernel.role == "layer"
 
 
-def _optimized(model: Model, arm: bool) -> onnx.GraphProto:
+def optimized_graph(model: Model, *, arm: bool = False) -> onnx.GraphProto:
     """The graph that onnxruntime runs, without its weights."""
     with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
         path = Path(folder) / "optimized.onnx"
@@ -177,11 +177,14 @@ def _optimized(model: Model, arm: bool) -> onnx.GraphProto:
         return onnx.load(path, load_external_data=False).graph
 
 
-class _Optimized:
+class Optimized:
     """Onnxruntime's graph, searched for what became of a layer.
 
     Most fusions keep the name of the layer.  Those that make up a new one keep the tensor after
     what they took over, or at least the weight.
+
+    Args:
+        graph: The graph, as `optimized_graph` gives it.
     """
 
     def __init__(self, graph: onnx.GraphProto) -> None:

@@ -261,7 +261,7 @@ def test_what_is_gone_is_said():
 )
 def test_layers_are_found_under_other_names(optimized, monkeypatch):
     graph = onnx.parser.parse_graph(f"g (float x) => (float y) {{ {optimized} }}")
-    monkeypatch.setattr("onnxq.analysis.fusion._optimized", lambda model, arm: graph)
+    monkeypatch.setattr("onnxq.analysis.fusion.optimized_graph", lambda model, arm: graph)
     layer = only(image(f"[conv] r = Conv(xd, wd, bd) {OUTPUT}"))
     assert layer.kernel == next(n.op_type for n in graph.node if "Conv" in n.op_type)
 
