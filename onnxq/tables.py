@@ -6,13 +6,12 @@ import textwrap
 from pathlib import Path
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from onnxq.analysis.error import OutputError
 from onnxq.analysis.latency import WARM_UP, Latency
 from onnxq.api import Comparison, Inspection
+from onnxq.console import show as _print
+from onnxq.console import table as _table
 from onnxq.deployment import MANIFEST, Deployment
 from onnxq.pages import page
 from onnxq.passes import PASSES
@@ -207,17 +206,3 @@ def pass_page(name: str) -> None:
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD if any(columns) else None, show_header=any(columns))
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "default", overflow="fold")
-    return table
-
-
-def _print(table: Table) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
-    console.print(table)

@@ -20,7 +20,7 @@ from onnxq.ops import is_movement
 __all__ = ["Measured", "Measurement", "measure"]
 
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
-_INTEGERS = frozenset({"int8", "uint8", "int16", "uint16", "int32"})
+_INTEGERS = frozenset({"int8", "uint8", "int16", "uint16"})
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _Graph:
         quantizes = node.op_type == "QuantizeLinear" or node.op_type.startswith("QLinear")
         if node.op_type == "QGemm":  # with scale and zero point of its result, or none of them
             quantizes = len(node.input) > 7
-        moves = node.op_type != "DequantizeLinear" and not node.op_type.endswith("NBits")
+        moves = node.op_type not in ("Cast", "DequantizeLinear", "MatMulNBits")
         on_integers = bool(node.input) and node.input[0] in self._integers
         if quantizes or (moves and on_integers and not computes_integers(node.op_type)):
             self._integers |= set(node.output)

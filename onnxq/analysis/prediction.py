@@ -82,10 +82,9 @@ def float_work(model: Model) -> list[gs.Node]:
             quantized.add(id(node.outputs[0]))
         if is_qdq(node) or node.op in ops.SHAPES:
             continue
-        if computes_integers(node.op):
-            quantized |= {id(t) for t in node.outputs}
-            nodes.append(node)
-        elif any(id(t) in quantized for t in node.inputs[:1]):
+        if node.op == "Cast" and not _is_float(node.inputs[0]):  # indices, masks
+            continue
+        if computes_integers(node.op) or any(id(t) in quantized for t in node.inputs[:1]):
             quantized |= {id(t) for t in node.outputs}
             nodes.append(node)
         elif any(_is_float(t) for t in (*data, *node.outputs) if t.name):

@@ -1,0 +1,360 @@
+"""What of a model runs in integers, what does not, why, and how to mend it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from onnxq.analysis import cost, error
+from onnxq.analysis.error import OutputError
+from onnxq.analysis.faults import Fault, faults
+from onnxq.analysis.measurement import Measurement, measure
+from onnxq.analysis.prediction import predict
+from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq
+from onnxq.analysis.storage import storage
+from onnxq.api import calibration, check_loads, is_quantized
+from onnxq.errors import CalibrationError, ModelError
+from onnxq.mending import Mend, mend
+from onnxq.model import Model, load
+from onnxq.pass_manager import Context
+from onnxq.placement import place
+from onnxq.progress import Progress, Silent
+from onnxq.runtime import Level, Session, versions
+from onnxq.synthetic import synthesize
+from onnxq.targets import Target
+
+__all__ = ["Agreement", "Diagnosis", "NodeState", "View", "doctor"]
+
+Kind = Literal["Q/DQ", "QOperator", "float"]
+# Samples on which levels of optimization are compared unless told otherwise.
+SAMPLES = 4
+LEVELS: tuple[Level, ...] = ("extended", "all")
+
+
+@dataclass(frozen=True)
+class NodeState:
+    """What becomes of one node.
+
+    Args:
+        name: Node name.
+        op: Operator type.
+        macs: Multiply-accumulates a sample; 0 for nodes that are no layers, None where not known.
+        predicted: Whether it is to run in integers; None if nothing is left of it.
+        measured: Whether it does; None if nothing is left of it, or it was not measured.
+        kernel: What runs in its place, as measured where it was.
+        code: The rule that keeps it in float, in a word; empty if none does.
+        reason: Why it stays in float, in one sentence; empty if it does not.
+        mend: What to do about it, in another.
+    """
+
+    name: str
+    op: str
+    macs: int | None
+    predicted: bool | None
+    measured: bool | None
+    kernel: str
+    code: str = ""
+    reason: str = ""
+    mend: str = ""
+
+    @property
+    def agrees(self) -> bool:
+        """Whether prediction and measurement say the same, as far as both say something."""
+        return None in (self.predicted, self.measured) or self.predicted == self.measured
+
+
+@dataclass(frozen=True)
+class View:
+    """How one kind of processor runs the model.
+
+    Args:
+        name: ``x86-64`` or ``ARM``.
+        nodes: The nodes that compute or move floats, or integers in their place, in graph order.
+        operators: Operator type -> nodes in onnxruntime's optimized graph; empty if that failed.
+    """
+
+    name: str
+    nodes: list[NodeState]
+    operators: dict[str, int]
+
+    def share(self, what: Literal["predicted", "measured"], *, macs: bool) -> float | None:
+        """The share of MACs or of nodes in integers; None where there are none, or no answer."""
+        states = [(getattr(n, what), (n.macs or 0) if macs else 1) for n in self.nodes]
+        if what == "measured" and not self.operators:
+            return None
+        if macs:  # a layer that vanished is not in integers
+            total = sum(weight for _, weight in states)
+        else:
+            total = sum(weight for state, weight in states if state is not None)
+        return sum(weight for state, weight in states if state) / total if total else None
+
+    @property
+    def in_float(self) -> list[NodeState]:
+        """The nodes that stay in float, layers of most MACs first."""
+        states = [n for n in self.nodes if (n.predicted if n.measured is None else n.measured)
+                  is False]  # fmt: skip
+        return sorted(states, key=lambda n: -(n.macs or 0))
+
+    @property
+    def disagreements(self) -> list[NodeState]:
+        """The nodes for which prediction and measurement differ."""
+        return [n for n in self.nodes if not n.agrees]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        shares = {
+            f"{unit}_in_integers_{what}": self.share(what, macs=unit == "macs")
+            for unit in ("macs", "nodes")
+            for what in ("predicted", "measured")
+        }
+        return {
+            **dataclasses.asdict(self),
+            "macs": sum(n.macs or 0 for n in self.nodes),
+            **shares,
+            "disagreements": [n.name for n in self.disagreements],
+        }
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a model, optimized, is from what ONNX defines.
+
+    Args:
+        level: How far onnxruntime optimized it.
+        outputs: The error of each output, against nothing optimized.
+        steps: Largest error of each output that ends in a DQ, in steps of its grid.
+        failure: Why it did not run; empty if it did.
+    """
+
+    level: Level
+    outputs: list[OutputError] = field(default_factory=list)
+    steps: dict[str, float] = field(default_factory=dict)
+    failure: str = ""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What of a model runs in integers, what does not, and why.
+
+    Args:
+        path: The file.
+        target: The contract that it is held against.
+        kind: ``Q/DQ``, ``QOperator`` or ``float``.
+        opset: Version of the standard operator set.
+        runtime: Version of onnxruntime.
+        bytes: Bytes of the constants.
+        storage: How weights lie in the file.
+        views: How each kind of processor runs it.
+        faults: What is wrong or wasteful besides.
+        agreement: How far levels of optimization agree.
+        samples: Samples that this was measured on.
+        samples_made_up: Whether they were made up.
+        mends: What `fix` mended.
+        notes: What is good to know, one sentence each.
+    """
+
+    path: str
+    target: str
+    kind: Kind
+    opset: int
+    runtime: str
+    bytes: int
+    storage: list[str]
+    views: list[View]
+    faults: list[Fault]
+    agreement: list[Agreement]
+    samples: int
+    samples_made_up: bool
+    mends: list[Mend]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        plain = dataclasses.asdict(self)
+        plain["views"] = [v.to_dict() for v in self.views]
+        return plain
+
+
+def doctor(
+    source: str | os.PathLike[str] | Model,
+    *,
+    target: str | Target = "ort-cpu",
+    data: Any = None,
+    limit: int | None = None,
+    preprocess: Any = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    fix: str | os.PathLike[str] | None = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Tell what of a model runs in integers, what does not, why, and how to mend it.
+
+    Args:
+        source: A model in Q/DQ or QOperator form, as any tool writes it; never changed. Of a float
+            model it is told what would run in integers.
+        target: What is to run the model.
+        data: Samples to compare levels of optimization on, in any form that `Calibration` takes;
+            None: made up.
+        limit: Use at most so many of them; None: `SAMPLES`.
+        preprocess: Preset or TOML file that turns pictures into inputs.
+        shapes: Concrete shapes of dynamic inputs, for MACs.
+        fix: Where to write a copy that is mended where that is safe; None writes none. Nothing is
+            written if there is nothing to mend.
+        threads: Threads for onnxruntime; 0 for all cores.
+        progress: Where progress is shown.
+
+    Raises:
+        OnnxqError: A model or a sample cannot be read; the target is not known.
+    """
+    target, progress = Target.named(target), progress or Silent()
+    model = load(source)
+    session = check_loads(model)
+    notes = [*model.notes]
+    kind = _kind(model)
+    count = SAMPLES if limit is None else limit
+    if data is None:
+        made = synthesize(model, count=count, preprocess=preprocess, threads=threads)
+        samples = calibration(made, count, None)
+    else:
+        samples = calibration(data, count, preprocess).limited(count)
+    ctx = Context(samples, target=target, threads=threads, progress=progress)
+    feeds = [*islice(iter(ctx.spread(session, 0)), count)]
+    macs = _macs(model, {**feeds[0], **(shapes or {})})
+    if kind == "float":
+        views = [View("planned", _planned(model, target, macs), {})]
+        found: list[Fault] = []
+        agreement: list[Agreement] = []
+    else:
+        with progress.task("read onnxruntime's graphs", None):
+            views = [_view(model, macs, arm=arm, notes=notes) for arm in (False, True)]
+        both = [*predict(model), *predict(model, arm=True)]
+        found = faults(model, both) if kind == "Q/DQ" else []
+        with progress.task("compare levels of optimization", None):
+            agreement = [_agreement(model, session, level, feeds, threads) for level in LEVELS]
+    mends: list[Mend] = []
+    if fix is not None:
+        mends = _fix(model, Path(fix), notes) if kind == "Q/DQ" else []
+    return Diagnosis(
+        path=str(model.path or ""),
+        target=target.name,
+        kind=kind,
+        opset=model.opset,
+        runtime=versions()["onnxruntime"],
+        bytes=model.nbytes,
+        storage=[str(s) for s in storage(model)],
+        views=views,
+        faults=found,
+        agreement=agreement,
+        samples=len(feeds),
+        samples_made_up=ctx.is_synthetic,
+        mends=mends,
+        notes=notes,
+    )
+
+
+def _kind(model: Model) -> Kind:
+    if any(is_qdq(n) for n in model.graph.nodes) and not any(
+        n.op.startswith("QLinear") for n in model.graph.nodes
+    ):
+        return "Q/DQ"
+    return "QOperator" if is_quantized(model) else "float"
+
+
+def _macs(model: Model, given: Mapping[str, Any]) -> dict[str, int | None]:
+    return {c.name: c.macs for c in cost.layer_costs(model, cost.tensor_shapes(model, given))}
+
+
+# ---------------------------------------------------------------------- nodes
+
+
+def _view(model: Model, macs: Mapping[str, int | None], *, arm: bool, notes: list[str]) -> View:
+    name = "ARM" if arm else "x86-64"
+    measured = Measurement({}, {})
+    try:
+        measured = measure(model, arm=arm)
+    except ModelError as problem:
+        notes.append(f"optimized for {name}, the model does not load: {problem.what}")
+    states = []
+    for p in predict(model, arm=arm):
+        became = measured.nodes.get(p.name)
+        is_float = p.integer is False or (became is not None and became.integer is False)
+        why = p.why if is_float else None
+        states.append(
+            NodeState(
+                name=p.name,
+                op=p.op,
+                macs=macs.get(p.name, 0),
+                predicted=p.integer,
+                measured=None if became is None else became.integer,
+                kernel=p.kernel if became is None else became.kernel,
+                code="" if why is None else why.code,
+                reason="" if why is None else why.reason,
+                mend="" if why is None else why.mend,
+            )
+        )
+    return View(name, states, measured.operators)
+
+
+def _planned(model: Model, target: Target, macs: Mapping[str, int | None]) -> list[NodeState]:
+    """What would run in integers if a float model were quantized."""
+    plan = place(model.clone(), target)
+    states = []
+    for node in model.graph.nodes:
+        integer = node.name in plan.nodes
+        why = plan.float_nodes.get(node.name, "")
+        if not integer and not why:  # taken over by the node before it
+            integer = True
+        states.append(
+            NodeState(
+                name=node.name,
+                op=node.op,
+                macs=macs.get(node.name, 0),
+                predicted=integer,
+                measured=None,
+                kernel=node.op,
+                code="planned" if why else "",
+                reason=why,
+            )
+        )
+    return states
+
+
+# ---------------------------------------------------------------------- numbers
+
+
+def _agreement(
+    model: Model,
+    reference: Session,
+    level: Level,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    threads: int,
+) -> Agreement:
+    try:
+        session = Session(model.to_proto(), threads=threads, level=level)
+        outputs = error.compare(reference, session, feeds)
+    except (ModelError, CalibrationError) as problem:
+        return Agreement(level, failure=problem.what)
+    steps = {}
+    for output, tensor in zip(outputs, model.graph.outputs, strict=False):
+        before = dequantize_before(tensor)
+        point = None if before is None else grid_of(model, before).point
+        if point is not None and output.max_abs_error is not None and point[0] > 0:
+            steps[output.name] = output.max_abs_error / point[0]
+    return Agreement(level, outputs, steps)
+
+
+def _fix(model: Model, path: Path, notes: list[str]) -> list[Mend]:
+    mended = model.clone()
+    done = mend(mended)
+    if done:
+        mended.save(path)
+    else:
+        notes.append(f"there is nothing that is safe to mend: {path} is not written")
+    return done
