@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from onnxq.api import compare, equalize_model, inspect, quantize, run
     from onnxq.calibration import Calibration
     from onnxq.deployment import deploy
-    from onnxq.doctor import doctor
+    from onnxq.diagnosis import doctor
     from onnxq.encoding import Encoding, Encodings, Format
     from onnxq.errors import OnnxqError
     from onnxq.model import Model, load
@@ -69,7 +69,7 @@ _HOMES = {
     "Statistics": "onnxq.statistics",
     "compare": "onnxq.api",
     "deploy": "onnxq.deployment",
-    "doctor": "onnxq.doctor",
+    "doctor": "onnxq.diagnosis",
     "equalize_model": "onnxq.api",
     "inspect": "onnxq.api",
     "load": "onnxq.model",

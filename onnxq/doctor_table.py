@@ -8,7 +8,7 @@ import click
 
 from onnxq.analysis.faults import Fault
 from onnxq.console import show, table
-from onnxq.doctor import Agreement, Diagnosis, NodeState, View
+from onnxq.diagnosis import Agreement, Diagnosis, NodeState, View
 from onnxq.report import megabytes, millions
 
 __all__ = ["diagnosis"]
@@ -41,11 +41,36 @@ def diagnosis(result: Diagnosis) -> None:
                     f" predicted {_where(node.predicted)}, runs {_where(node.measured)}"
                     f" ({node.kernel})"
                 )
-    for mend in result.mends:
-        where = f"{mend.node}: " if mend.node else ""
-        click.echo(f"mended: {where}{mend.what} (keeps {mend.keeps})")
+    for line in _mends(result):
+        click.echo(line)
     for note in result.notes:
         click.echo(f"note: {note}")
+
+
+def _mends(result: Diagnosis) -> Iterator[str]:
+    """What was mended, those of a kind in one line, and what became of it."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for mend in result.mends:
+        rows.setdefault((mend.what, mend.keeps), []).append(mend.node)
+    for (what, keeps), nodes in rows.items():
+        named = [n for n in nodes if n]
+        where = ", ".join(named[:_NAMED]) + (
+            f", {len(named) - _NAMED} more" * (len(named) > _NAMED)
+        )
+        yield f"mended: {where}{': ' * bool(where)}{what} (keeps {keeps})"
+    if result.mended is None:
+        return
+    shares = ", ".join(
+        f"{_percent(v.share('measured', macs=True))} on {v.name}" for v in result.mended.views
+    )
+    yield f"{result.mended.path}: MACs in integers {shares}"
+    errors = Agreement("disabled", result.mended.outputs)
+    yield f"{result.mended.path} against the model, nothing optimized: {'; '.join(_errors(errors))}"
+
+
+def _first(names: list[str]) -> str:
+    more = f", {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def _where(integer: bool | None) -> str:
@@ -112,7 +137,8 @@ def _reasons(views: list[View]) -> None:
             rows.setdefault(key, {}).setdefault(view.name, []).append(node)
     if not rows:
         return
-    shown = table("in float", "MACs", "why", "what to do")
+    planned = all(node.code == "planned" for view in views for node in view.in_float)
+    shown = table("in float", "MACs", "why", *([] if planned else ["what to do"]))
     for index, by_view in enumerate(rows.values()):
         if index == LISTED:
             break
@@ -124,7 +150,7 @@ def _reasons(views: list[View]) -> None:
             _names(nodes),
             millions(macs) if macs else "",
             nodes[0].reason + more + only,
-            nodes[0].mend,
+            *([] if planned else [nodes[0].mend]),
         )
     show(shown)
     if len(rows) > LISTED:
@@ -133,13 +159,14 @@ def _reasons(views: list[View]) -> None:
 
 def _kind(node: NodeState) -> tuple[str, str]:
     """What nodes in one row have in common."""
-    return node.op, node.code if node.code != "planned" else node.reason
+    return ("", node.reason) if node.code == "planned" else (node.op, node.code)
 
 
 def _names(nodes: list[NodeState]) -> str:
     if len(nodes) <= _NAMED:
         return ", ".join(f"{n.name} ({n.op})" for n in nodes)
-    return f"{len(nodes)} {nodes[0].op}: {nodes[0].name}, ..."
+    kinds = "/".join(dict.fromkeys(n.op for n in nodes))
+    return f"{len(nodes)} {kinds}: {nodes[0].name}, ..."
 
 
 def _faults(found: Iterable[Fault]) -> None:
@@ -151,7 +178,6 @@ def _faults(found: Iterable[Fault]) -> None:
         return
     shown = table("besides", "where", "what", "what to do")
     for (severity, _), faults in rows.items():
-        names = ", ".join(f.node for f in faults[:_NAMED])
-        more = f", {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
-        shown.add_row(severity, names + more, faults[0].what, faults[0].mend)
+        names = _first([f.node for f in faults])
+        shown.add_row(severity, names, faults[0].what, faults[0].mend)
     show(shown)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.analysis.contract import RULES
@@ -52,12 +53,14 @@ def mend(model: Model, *, arm: bool = False) -> list[Mend]:
         model: A Q/DQ model, as any tool writes it.
         arm: Whether it is for ARM, where int8 activations are as good as uint8 ones.
     """
+    model.infer()
     done = [*_dead(model), *_duplicates(model), *_weights(model), *_unpacked(model)]
     done += [*_scalars(model), *_zero_points(model)]
     model.sort()
     wrong = predict(model, arm=arm)
     if any(p.why is not None and p.why.code == "int8-on-x64" for p in wrong):
         done += _unsigned(model)
+    done += _pads(model)
     done += _grids(model, wrong)
     done += _gemm_biases(model, wrong)
     done += _biases(model)
@@ -70,6 +73,14 @@ def _remove(model: Model, node: gs.Node) -> None:
     node.inputs.clear()
     node.outputs.clear()
     model.graph.nodes[:] = [n for n in model.graph.nodes if n is not node]
+
+
+def _set(node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+    """Give a node an input, also where it had none."""
+    if len(node.inputs) > index:
+        node.inputs[index] = tensor
+    else:
+        node.inputs.append(tensor)
 
 
 # ---------------------------------------------------------------------- pairs
@@ -149,8 +160,18 @@ def _unpacked(model: Model) -> Iterator[Mend]:
         packed = weight.inputs[0]
         weight.inputs[0] = cast
         zero = model.constant(f"{weight.name}_zero_point", grid.zero.astype(wide))
-        weight.inputs[2:] = [zero]
-        model.insert([gs.Node("Cast", f"{cast.name}_Cast", {"to": wide}, [packed], [cast])])
+        _set(weight, 2, zero)
+        model.insert(
+            [
+                gs.Node(
+                    "Cast",
+                    f"{cast.name}_Cast",
+                    {"to": onnx.helper.np_dtype_to_tensor_dtype(wide)},
+                    [packed],
+                    [cast],
+                )
+            ]
+        )
         yield Mend("bits", node.name, "its weight is unpacked as the model is loaded", "every bit")
 
 
@@ -189,7 +210,7 @@ def _zero_points(model: Model) -> Iterator[Mend]:
         if grid.has_zero or grid.scale is None or grid.dtype not in ("uint8", "int8"):
             continue
         zero = model.constant(f"{node.name}_zero_point", np.zeros(grid.scale.shape, grid.dtype))
-        node.inputs[2:] = [zero]
+        _set(node, 2, zero)
         node.attrs.pop("output_dtype", None)
         yield Mend("no-zero-point", node.name, "zero point 0 is written", "every bit")
 
@@ -239,6 +260,33 @@ def _raise(model: Model, node: gs.Node) -> None:
     node.inputs[2] = model.constant(node.inputs[2].name, zero.astype(np.uint8))
 
 
+def _pads(model: Model) -> Iterator[Mend]:
+    """A Pad with zeros between DQ and Q of one grid pads the integers with the zero point."""
+    for node in [n for n in model.graph.nodes if n.op == "Pad" and is_standard(n)]:
+        before, after = dequantize_before(node.inputs[0]), consumers(node.outputs[0])
+        if before is None or len(after) != 1 or not is_quantize(after[0]) or model.opset < 13:
+            continue
+        quantize, fill = after[0], node.inputs[2] if len(node.inputs) > 2 else None
+        if model.is_output(node.outputs[0]) or model.is_output(quantize.outputs[0]):
+            continue
+        zeros = fill is None or not fill.name or not _values(model, fill).any()
+        grid = grid_of(model, before)
+        if not zeros or grid.point is None or not grid.equals(grid_of(model, quantize)):
+            continue
+        value = model.constant(f"{node.name}_value", np.array(grid.point[1], grid.dtype))
+        result = quantize.outputs[0]
+        _remove(model, quantize)
+        node.inputs[0] = before.inputs[0]
+        _set(node, 2, value)
+        node.outputs[0] = result
+        yield Mend("pad", node.name, "pads the integers with the zero point", "every bit")
+
+
+def _values(model: Model, tensor: gs.Tensor) -> np.ndarray:
+    """The values of a constant; ones for what is computed."""
+    return model.array(tensor) if isinstance(tensor, gs.Constant) else np.ones(1)
+
+
 # ---------------------------------------------------------------------- grids that differ
 
 
@@ -264,7 +312,8 @@ def _grids(model: Model, predictions: list[Prediction]) -> Iterator[Mend]:
             if not all(is_dequantize(n) for n in readers) or not grid.has_zero:
                 continue
             for other in (after, *readers):
-                other.inputs[1:] = before.inputs[1:3]
+                for index in (1, 2):
+                    _set(other, index, before.inputs[index])
             yield Mend(
                 "grids", node.name, "gives the grid of its input, rounds no more", "half a step"
             )

@@ -106,6 +106,7 @@ BIAS_TOLERANCE = 0.01
 
 # What to do about operators without integer kernels.
 _INSTEAD = {
+    "BatchNormalization": "fold it into the layer in front of it, before quantizing",
     "Clip": "write no Q/DQ between it and the layer before it: the layer's Q then does its work",
     "ConvTranspose": "nearest Resize and Conv, or Conv and DepthToSpace, have integer kernels",
     "Div": "write division by a constant as Mul by its reciprocal",

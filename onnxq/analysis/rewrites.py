@@ -173,15 +173,16 @@ class Rewritten:
     # ------------------------------------------------------------------ layers
 
     def _transpose_weights(self) -> None:
-        """A Transpose of a dequantized constant is done to the integers."""
+        """A Transpose of a dequantized constant is done to the integers, if it says its order."""
         for node in [*self.model.graph.nodes]:
             before = dequantize_before(node.inputs[0]) if node.op == "Transpose" else None
             if before is None or not isinstance(before.inputs[0], gs.Constant):
                 continue
             if self.is_output(node.outputs[0]) or len(before.outputs[0].outputs) != 1:
                 continue
-            grid = self.grid(before)
-            order = list(node.attrs.get("perm") or range(len(before.inputs[0].shape))[::-1])
+            grid, order = self.grid(before), list(node.attrs.get("perm", ()))
+            if not order:  # it is not seen through
+                continue
             if not grid.single and grid.axis % len(order) in order:
                 self._grids[id(before)] = replace(grid, axis=order.index(grid.axis % len(order)))
             self._drop(node)

@@ -16,13 +16,13 @@ from onnxq.analysis import cost, error
 from onnxq.analysis.error import OutputError
 from onnxq.analysis.faults import Fault, faults
 from onnxq.analysis.measurement import Measurement, measure
-from onnxq.analysis.prediction import predict
+from onnxq.analysis.prediction import float_work, predict
 from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq
 from onnxq.analysis.storage import storage
 from onnxq.api import calibration, check_loads, is_quantized
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.mending import Mend, mend
-from onnxq.model import Model, load
+from onnxq.model import Model, is_standard, load
 from onnxq.pass_manager import Context
 from onnxq.placement import place
 from onnxq.progress import Progress, Silent
@@ -30,7 +30,7 @@ from onnxq.runtime import Level, Session, versions
 from onnxq.synthetic import synthesize
 from onnxq.targets import Target
 
-__all__ = ["Agreement", "Diagnosis", "NodeState", "View", "doctor"]
+__all__ = ["Agreement", "Diagnosis", "Mended", "NodeState", "View", "doctor"]
 
 Kind = Literal["Q/DQ", "QOperator", "float"]
 # Samples on which levels of optimization are compared unless told otherwise.
@@ -140,6 +140,21 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class Mended:
+    """A mended copy.
+
+    Args:
+        path: Where it is.
+        views: How each kind of processor runs it.
+        outputs: How far its outputs are from those of the model, nothing optimized.
+    """
+
+    path: str
+    views: list[View]
+    outputs: list[OutputError]
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """What of a model runs in integers, what does not, and why.
 
@@ -157,6 +172,7 @@ class Diagnosis:
         samples: Samples that this was measured on.
         samples_made_up: Whether they were made up.
         mends: What `fix` mended.
+        mended: What became of that; None if nothing was mended.
         notes: What is good to know, one sentence each.
     """
 
@@ -173,12 +189,15 @@ class Diagnosis:
     samples: int
     samples_made_up: bool
     mends: list[Mend]
+    mended: Mended | None
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         plain = dataclasses.asdict(self)
         plain["views"] = [v.to_dict() for v in self.views]
+        if self.mended is not None:
+            plain["mended"]["views"] = [v.to_dict() for v in self.mended.views]
         return plain
 
 
@@ -215,7 +234,7 @@ def doctor(
     """
     target, progress = Target.named(target), progress or Silent()
     model = load(source)
-    session = check_loads(model)
+    session = _session(model)
     notes = [*model.notes]
     kind = _kind(model)
     count = SAMPLES if limit is None else limit
@@ -239,8 +258,14 @@ def doctor(
         with progress.task("compare levels of optimization", None):
             agreement = [_agreement(model, session, level, feeds, threads) for level in LEVELS]
     mends: list[Mend] = []
+    mended: Mended | None = None
     if fix is not None:
-        mends = _fix(model, Path(fix), notes) if kind == "Q/DQ" else []
+        copy = model.clone()
+        mends = mend(copy) if kind == "Q/DQ" else []
+        if mends:
+            mended = _write(copy, Path(fix), session, feeds, macs)
+        else:
+            notes.append(f"there is nothing that is safe to mend: {fix} is not written")
     return Diagnosis(
         path=str(model.path or ""),
         target=target.name,
@@ -255,8 +280,30 @@ def doctor(
         samples=len(feeds),
         samples_made_up=ctx.is_synthetic,
         mends=mends,
+        mended=mended,
         notes=notes,
     )
+
+
+def _session(model: Model) -> Session:
+    """A session with nothing optimized.
+
+    Raises:
+        ModelError: onnxruntime does not load the model; operators that it does not have are named.
+    """
+    try:
+        return check_loads(model)
+    except ModelError as problem:
+        functions = {(f.domain, f.name) for f in model.graph.functions}
+        for node in model.graph.nodes:
+            own = is_standard(node) or str(node.domain).startswith(("ai.onnx", "com.microsoft"))
+            if not own and (node.domain, node.op) not in functions:
+                raise ModelError(
+                    f"{node.name} is {node.domain}.{node.op}, which onnxruntime does not have",
+                    where=model.path,
+                    fix="give the model without custom operators: nothing can be told of it",
+                ) from problem
+        raise
 
 
 def _kind(model: Model) -> Kind:
@@ -304,9 +351,10 @@ def _view(model: Model, macs: Mapping[str, int | None], *, arm: bool, notes: lis
 
 def _planned(model: Model, target: Target, macs: Mapping[str, int | None]) -> list[NodeState]:
     """What would run in integers if a float model were quantized."""
-    plan = place(model.clone(), target)
+    model = model.clone()
+    plan = place(model, target)
     states = []
-    for node in model.graph.nodes:
+    for node in float_work(model):
         integer = node.name in plan.nodes
         why = plan.float_nodes.get(node.name, "")
         if not integer and not why:  # taken over by the node before it
@@ -350,11 +398,17 @@ def _agreement(
     return Agreement(level, outputs, steps)
 
 
-def _fix(model: Model, path: Path, notes: list[str]) -> list[Mend]:
-    mended = model.clone()
-    done = mend(mended)
-    if done:
-        mended.save(path)
-    else:
-        notes.append(f"there is nothing that is safe to mend: {path} is not written")
-    return done
+def _write(
+    copy: Model,
+    path: Path,
+    reference: Session,
+    feeds: Sequence[Mapping[str, np.ndarray]],
+    macs: Mapping[str, int | None],
+) -> Mended:
+    """Write a mended copy, once it computes what the model does."""
+    other = Session(copy.to_proto(), threads=reference.threads, level="disabled")
+    outputs = error.compare(reference, other, feeds)
+    notes: list[str] = []
+    views = [_view(copy, macs, arm=arm, notes=notes) for arm in (False, True)]
+    copy.save(path)
+    return Mended(str(path), views, outputs)
