@@ -16,7 +16,7 @@ from onnxq.analysis import cost, error
 from onnxq.analysis.error import OutputError
 from onnxq.analysis.faults import Fault, faults
 from onnxq.analysis.measurement import Measurement, measure
-from onnxq.analysis.prediction import float_work, predict
+from onnxq.analysis.prediction import Prediction, float_work, predict
 from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq
 from onnxq.analysis.storage import storage
 from onnxq.api import calibration, check_loads, is_quantized
@@ -236,6 +236,7 @@ def doctor(
     model = load(source)
     session = _session(model)
     notes = [*model.notes]
+    model.infer()
     kind = _kind(model)
     count = SAMPLES if limit is None else limit
     if data is None:
@@ -248,13 +249,16 @@ def doctor(
     macs = _macs(model, {**feeds[0], **(shapes or {})})
     if kind == "float":
         views = [View("planned", _planned(model, target, macs), {})]
-        found: list[Fault] = []
+        wrong: list[Fault] = []
         agreement: list[Agreement] = []
     else:
         with progress.task("read onnxruntime's graphs", None):
-            views = [_view(model, macs, arm=arm, notes=notes) for arm in (False, True)]
-        both = [*predict(model), *predict(model, arm=True)]
-        found = faults(model, both) if kind == "Q/DQ" else []
+            both = [predict(model, arm=arm) for arm in (False, True)]
+            views = [
+                _view(model, found, macs, arm=arm, notes=notes)
+                for arm, found in zip((False, True), both, strict=True)
+            ]
+        wrong = faults(model, [*both[0], *both[1]]) if kind == "Q/DQ" else []
         with progress.task("compare levels of optimization", None):
             agreement = [_agreement(model, session, level, feeds, threads) for level in LEVELS]
     mends: list[Mend] = []
@@ -275,7 +279,7 @@ def doctor(
         bytes=model.nbytes,
         storage=[str(s) for s in storage(model)],
         views=views,
-        faults=found,
+        faults=wrong,
         agreement=agreement,
         samples=len(feeds),
         samples_made_up=ctx.is_synthetic,
@@ -321,7 +325,14 @@ def _macs(model: Model, given: Mapping[str, Any]) -> dict[str, int | None]:
 # ---------------------------------------------------------------------- nodes
 
 
-def _view(model: Model, macs: Mapping[str, int | None], *, arm: bool, notes: list[str]) -> View:
+def _view(
+    model: Model,
+    predictions: Sequence[Prediction],
+    macs: Mapping[str, int | None],
+    *,
+    arm: bool,
+    notes: list[str],
+) -> View:
     name = "ARM" if arm else "x86-64"
     measured = Measurement({}, {})
     try:
@@ -329,7 +340,7 @@ def _view(model: Model, macs: Mapping[str, int | None], *, arm: bool, notes: lis
     except ModelError as problem:
         notes.append(f"optimized for {name}, the model does not load: {problem.what}")
     states = []
-    for p in predict(model, arm=arm):
+    for p in predictions:
         became = measured.nodes.get(p.name)
         is_float = p.integer is False or (became is not None and became.integer is False)
         why = p.why if is_float else None
@@ -409,6 +420,9 @@ def _write(
     other = Session(copy.to_proto(), threads=reference.threads, level="disabled")
     outputs = error.compare(reference, other, feeds)
     notes: list[str] = []
-    views = [_view(copy, macs, arm=arm, notes=notes) for arm in (False, True)]
+    copy.infer()
+    views = [
+        _view(copy, predict(copy, arm=arm), macs, arm=arm, notes=notes) for arm in (False, True)
+    ]
     copy.save(path)
     return Mended(str(path), views, outputs)

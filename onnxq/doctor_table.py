@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 
 import click
@@ -16,6 +17,9 @@ __all__ = ["diagnosis"]
 # Reasons and faults listed before the rest is counted.
 LISTED = 10
 _NAMED = 2  # nodes named where several share a reason
+_KINDS = 4  # operator types named there
+# Reasons that read the same for every operator.
+_SHARED = frozenset({"int8-on-x64", "not-quantized"})
 
 
 def diagnosis(result: Diagnosis) -> None:
@@ -70,7 +74,12 @@ def _mends(result: Diagnosis) -> Iterator[str]:
 
 def _first(names: list[str]) -> str:
     more = f", {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return ", ".join(map(_short, names[:_NAMED])) + more
+
+
+def _short(text: str) -> str:
+    """Long names, of which the ends tell them apart, cut at the front."""
+    return re.sub(r"\S{33,}", lambda name: f"...{name[0][-29:]}", text)
 
 
 def _where(integer: bool | None) -> str:
@@ -149,8 +158,8 @@ def _reasons(views: list[View]) -> None:
         shown.add_row(
             _names(nodes),
             millions(macs) if macs else "",
-            nodes[0].reason + more + only,
-            *([] if planned else [nodes[0].mend]),
+            _short(nodes[0].reason) + more + only,
+            *([] if planned else [_short(nodes[0].mend)]),
         )
     show(shown)
     if len(rows) > LISTED:
@@ -159,14 +168,17 @@ def _reasons(views: list[View]) -> None:
 
 def _kind(node: NodeState) -> tuple[str, str]:
     """What nodes in one row have in common."""
-    return ("", node.reason) if node.code == "planned" else (node.op, node.code)
+    if node.code == "planned":
+        return "", node.reason
+    return ("" if node.code in _SHARED else node.op), node.code
 
 
 def _names(nodes: list[NodeState]) -> str:
     if len(nodes) <= _NAMED:
-        return ", ".join(f"{n.name} ({n.op})" for n in nodes)
-    kinds = "/".join(dict.fromkeys(n.op for n in nodes))
-    return f"{len(nodes)} {kinds}: {nodes[0].name}, ..."
+        return ", ".join(f"{_short(n.name)} ({n.op})" for n in nodes)
+    kinds = [*dict.fromkeys(n.op for n in nodes)]
+    kinds = [*kinds[:_KINDS], "..."] if len(kinds) > _KINDS else kinds
+    return f"{len(nodes)} {', '.join(kinds)}: {_short(nodes[0].name)}, ..."
 
 
 def _faults(found: Iterable[Fault]) -> None:
@@ -179,5 +191,5 @@ def _faults(found: Iterable[Fault]) -> None:
     shown = table("besides", "where", "what", "what to do")
     for (severity, _), faults in rows.items():
         names = _first([f.node for f in faults])
-        shown.add_row(severity, names, faults[0].what, faults[0].mend)
+        shown.add_row(severity, names, *map(_short, (faults[0].what, faults[0].mend)))
     show(shown)

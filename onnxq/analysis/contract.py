@@ -220,6 +220,12 @@ def _data(node: gs.Node, rule: Rule) -> list[tuple[int, gs.Tensor]]:
 def _inputs(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why]:
     data = _data(node, rule)
     quantized = [dequantize_before(t) is not None for _, t in data]
+    if not any(quantized) and not _quantizes(node, graph):
+        yield Why(
+            "not-quantized",
+            "nothing around it is quantized",
+            "if its neighbours run in integers, put Q/DQ on all that it reads and gives",
+        )
     for index, tensor in data:
         if dequantize_before(tensor) is not None or (node.name, index) in graph.filled:
             continue

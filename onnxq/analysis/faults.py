@@ -403,8 +403,8 @@ def _of_concat(model: Model, node: gs.Node, integer: bool) -> Iterator[Fault]:
             "concat-grids",
             "note",
             node.name,
-            f"{len(other)} of its {len(sources)} inputs are on other grids than its result: each of"
-            " their values goes through a table, and is rounded once more",
+            f"inputs on other grids than its result, {len(other)} of {len(sources)}: their values"
+            " go through a table, and are rounded once more",
             "give the inputs the scale and zero point of the result",
         )
 

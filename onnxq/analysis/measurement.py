@@ -14,6 +14,7 @@ from onnxq.analysis.contract import computes_integers
 from onnxq.analysis.cost import element_type
 from onnxq.analysis.fusion import Optimized, optimized_graph
 from onnxq.analysis.prediction import float_work
+from onnxq.analysis.qdq import typed
 from onnxq.model import Model
 from onnxq.ops import is_movement
 
@@ -61,8 +62,7 @@ def measure(model: Model, *, arm: bool = False) -> Measurement:
     Raises:
         ModelError: onnxruntime cannot load the model.
     """
-    model = model.clone()
-    model.infer()
+    model = typed(model)
     graph = optimized_graph(model, arm=arm)
     found = _Graph(graph)
     nodes = {node.name: found.outcome(node) for node in float_work(model)}

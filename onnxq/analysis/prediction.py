@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq import ops
 from onnxq.analysis.contract import RULES, Why, broken_rule, computes_integers
-from onnxq.analysis.qdq import is_qdq, is_quantize, quantized_by
+from onnxq.analysis.qdq import is_qdq, is_quantize, quantized_by, typed
 from onnxq.analysis.rewrites import Rewritten
 from onnxq.model import Model
 
@@ -44,9 +44,8 @@ def predict(model: Model, *, arm: bool = False) -> list[Prediction]:
         model: A Q/DQ or QOperator model, as any tool writes it.
         arm: Whether int8 activations stay int8, as on ARM.
     """
+    model = typed(model)
     graph = Rewritten(model, arm=arm)
-    model = model.clone()
-    model.infer()
     work = float_work(model)
     found: dict[str, Prediction] = {}
     for node in work:

@@ -20,6 +20,7 @@ __all__ = [
     "is_quantize",
     "limits",
     "quantized_by",
+    "typed",
 ]
 
 QDQ = ("QuantizeLinear", "DequantizeLinear")
@@ -144,6 +145,16 @@ def _dtype(node: gs.Node, zero: gs.Tensor | None) -> str:
         return element_type(dequantized_type(node))
     chosen = int(node.attrs.get("output_dtype", 0))
     return element_type(chosen) if chosen else "uint8"
+
+
+def typed(model: Model) -> Model:
+    """The model with the types and shapes of its tensors; itself if it has them."""
+    results = [t for n in model.graph.nodes if is_standard(n) for t in n.outputs if t.name]
+    if all(t.dtype is not None and t.shape is not None for t in results):
+        return model
+    copy = model.clone()
+    copy.infer()
+    return copy
 
 
 def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:

@@ -39,7 +39,7 @@ class Rewritten:
     """A model as onnxruntime sees it when it looks for Q/DQ patterns.
 
     Args:
-        source: The model, left as it is.
+        source: The model, with the types of its tensors; left as it is.
         arm: Whether int8 activations stay int8, as on ARM.
 
     Attributes:
@@ -54,7 +54,6 @@ class Rewritten:
     def __init__(self, source: Model, *, arm: bool) -> None:
         self.arm = arm
         self.model = source.clone()
-        self.model.infer()
         self.gone: set[str] = set()
         self.taken: dict[str, str] = {}
         self.filled: set[tuple[str, int]] = set()

@@ -115,7 +115,7 @@ FAULTS = {
         ),
         "n",
         "concat-grids",
-        "2 of its 3 inputs are on other grids",
+        "other grids than its result, 2 of 3",
     ),
     "types into a Concat": (
         build(PAIR.format("v", "x", "z") + "[n] r = Concat<axis=1>(xd, v)", zz=np.int8(3)),
