@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from onnxq.api import compare, equalize_model, inspect, quantize, run
     from onnxq.calibration import Calibration
     from onnxq.deployment import deploy
-    from onnxq.diagnosis import doctor
     from onnxq.encoding import Encoding, Encodings, Format
     from onnxq.errors import OnnxqError
+    from onnxq.examination import doctor
     from onnxq.model import Model, load
     from onnxq.pass_manager import Changes, Context, Pass, PassManager
     from onnxq.pictures import Preprocess
@@ -69,7 +69,7 @@ _HOMES = {
     "Statistics": "onnxq.statistics",
     "compare": "onnxq.api",
     "deploy": "onnxq.deployment",
-    "doctor": "onnxq.diagnosis",
+    "doctor": "onnxq.examination",
     "equalize_model": "onnxq.api",
     "inspect": "onnxq.api",
     "load": "onnxq.model",

@@ -10,11 +10,11 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq import ops
-from onnxq.analysis.contract import computes_integers
 from onnxq.analysis.cost import element_type
 from onnxq.analysis.fusion import Optimized, optimized_graph
 from onnxq.analysis.prediction import float_work
 from onnxq.analysis.qdq import typed
+from onnxq.analysis.rules import computes_integers
 from onnxq.model import Model
 from onnxq.ops import is_movement
 

@@ -8,9 +8,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq import ops
-from onnxq.analysis.contract import RULES, Why, broken_rule, computes_integers
+from onnxq.analysis.contract import broken_rule
 from onnxq.analysis.qdq import is_qdq, is_quantize, quantized_by, typed
 from onnxq.analysis.rewrites import Rewritten
+from onnxq.analysis.rules import RULES, Why, computes_integers
 from onnxq.model import Model
 
 __all__ = ["Prediction", "float_work", "predict"]

@@ -13,6 +13,7 @@ from onnxq.model import Model, is_standard, producer
 __all__ = [
     "QDQ",
     "Grid",
+    "bias_ratio",
     "dequantize_before",
     "grid_of",
     "is_dequantize",
@@ -166,3 +167,17 @@ def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
 def quantized_by(tensor: gs.Tensor) -> list[gs.Node]:
     """The Q nodes that read a tensor."""
     return [n for n in tensor.outputs if is_quantize(n) and n.inputs[0] is tensor]
+
+
+def bias_ratio(x: Grid, weight: Grid, bias: Grid) -> float | None:
+    """Scale of a bias over s_x * s_w where it is furthest from 1; None where not known."""
+    if x.point is None or weight.scale is None or bias.scale is None or weight.block:
+        return None
+    wanted = x.point[0] * weight.scale.reshape(-1).astype(np.float64)
+    scales = bias.scale.reshape(-1).astype(np.float64)
+    if not (wanted > 0).all():
+        return None
+    if scales.size != wanted.size and 1 not in (scales.size, wanted.size):
+        return None
+    ratios = np.maximum(scales / wanted, np.finfo(np.float64).tiny)
+    return float(ratios[np.abs(np.log(ratios)).argmax()])

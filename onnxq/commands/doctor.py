@@ -88,7 +88,7 @@ def doctor(
       onnxq doctor theirs.onnx --fix mended.onnx
     """
     from onnxq import api, doctor_table
-    from onnxq.diagnosis import doctor as diagnose
+    from onnxq.examination import doctor as diagnose
 
     api.check_outputs([json_file, fix], models=[source], others=[data])
     result = diagnose(

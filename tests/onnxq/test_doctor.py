@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 import onnxq
 from onnxq.cli import main
-from onnxq.diagnosis import doctor
+from onnxq.examination import doctor
 from onnxq.mending import mend
 from onnxq.model import load
 from tests import checks
