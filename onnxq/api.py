@@ -102,8 +102,9 @@ def quantize(
             float, weight-only-nearest if there are no samples either; per-tensor if that is the
             granularity of the weights; data-free where there are no samples.
         target: What the model is to run on; None: the recipe's.
-        weights: Format of weights, such as int8/channel; None: the recipe's.
-        activations: Format of activations, such as uint8, or float; None: the recipe's.
+        weights: Format of weights, such as int8/channel; None: the recipe's, or the target's.
+        activations: Format of activations, such as uint8, or float; None: the recipe's, or the
+            target's.
         formats: Formats of the weights of some layers, such as ``first=int8/channel``, see the pass
             `Calibrate`.
         method: How activation ranges are chosen; None: the recipe's.
@@ -585,7 +586,13 @@ def _measure(report: Report, before: Model, after: Model, ctx: Context) -> None:
     samples = None if ctx.data is None else ctx.samples(before)
     feed = None if samples is None else next(iter(samples))
     shapes = cost.tensor_shapes(before, feed if feed is not None else {})
-    report.facts["integers"] = fusion.integer_share(after, shapes).to_dict()
+    report.facts["target"] = ctx.target.name
+    share = fusion.integer_share(after, shapes, arm=ctx.target.arm)
+    report.facts["integers"] = share.to_dict()
+    if not ctx.target.cpu:
+        report.notes.append(
+            f"measured on onnxruntime's CPU provider, which need not do as {ctx.target.name} does"
+        )
     report.facts["storage"] = [_plain(s) for s in storage(after)]
     if samples is not None:
         pair = [Session(m.to_proto(), threads=ctx.threads) for m in (before, after)]

@@ -29,7 +29,7 @@ from onnxq.report import write_text
 from onnxq.runtime import Session, Style, versions
 from onnxq.signature import TensorSpec
 from onnxq.synthetic import synthesize
-from onnxq.targets import Target
+from onnxq.targets import Target, target_named
 from onnxq.version import __version__
 from onnxq.whole_folder import check_folder, whole_folder
 
@@ -139,7 +139,7 @@ def deploy(
     Raises:
         OnnxqError: Anything that the user can mend; nothing is left behind.
     """
-    target = Target.named(target)
+    target = target_named(target)
     pictures = None if preprocess is None else Preprocess.of(preprocess)
     check_folder(Path(destination), force=force, reads=(source, data, preprocess))
     model = load(source)

@@ -25,6 +25,7 @@ DTYPES = {
     "uint3": (3, False),
     "int4": (4, True),
     "uint4": (4, False),
+    "int7": (7, True),
     "int8": (8, True),
     "uint8": (8, False),
     "int16": (16, True),
@@ -295,6 +296,12 @@ class Encodings(MutableMapping[str, Encoding]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    @property
+    def opset(self) -> int:
+        """The least operator set that can write them: 21 for blocks and 16 bits, else 13."""
+        known = self.tensors.values()
+        return 21 if any(e.block or e.bits == 16 for e in known) else 13
 
     def copy(self) -> Encodings:
         """An independent copy; encodings themselves are immutable."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.analysis import cost, error
+from onnxq.analysis.breaches import breaches
 from onnxq.analysis.faults import Fault, faults
 from onnxq.analysis.measurement import Measurement, measure
 from onnxq.analysis.prediction import Prediction, float_work, predict
@@ -26,7 +27,7 @@ from onnxq.placement import place
 from onnxq.progress import Progress, Silent
 from onnxq.runtime import Level, Session, versions
 from onnxq.synthetic import synthesize
-from onnxq.targets import Target
+from onnxq.targets import Target, target_named
 
 __all__ = ["SAMPLES", "doctor"]
 
@@ -66,7 +67,7 @@ def doctor(
     Raises:
         OnnxqError: A model or a sample cannot be read; the target is not known.
     """
-    target, progress = Target.named(target), progress or Silent()
+    contract, progress = target_named(target), progress or Silent()
     model = load(source)
     session = _session(model)
     notes = [*model.notes]
@@ -78,11 +79,11 @@ def doctor(
         samples = calibration(made, count, None)
     else:
         samples = calibration(data, count, preprocess).limited(count)
-    ctx = Context(samples, target=target, threads=threads, progress=progress)
+    ctx = Context(samples, target=contract, threads=threads, progress=progress)
     feeds = [*islice(iter(ctx.spread(session, 0)), count)]
     macs = _macs(model, {**feeds[0], **(shapes or {})})
     if kind == "float":
-        views = [View("planned", _planned(model, target, macs), {})]
+        views = [View("planned", _planned(model, contract, macs), {})]
         wrong: list[Fault] = []
         agreement: list[Agreement] = []
     else:
@@ -92,7 +93,9 @@ def doctor(
                 _view(model, found, macs, arm=arm, notes=notes)
                 for arm, found in zip((False, True), both, strict=True)
             ]
-        wrong = faults(model, [*both[0], *both[1]]) if kind == "Q/DQ" else []
+        wrong = []
+        if kind == "Q/DQ":
+            wrong = [*breaches(model, contract), *faults(model, [*both[0], *both[1]])]
         with progress.task("compare levels of optimization", None):
             agreement = [_agreement(model, session, level, feeds, threads) for level in LEVELS]
     mends: list[Mend] = []
@@ -106,7 +109,7 @@ def doctor(
             notes.append(f"there is nothing that is safe to mend: {fix} is not written")
     return Diagnosis(
         path=str(model.path or ""),
-        target=target.name,
+        target=contract.name,
         kind=kind,
         opset=model.opset,
         runtime=versions()["onnxruntime"],

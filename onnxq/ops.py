@@ -11,6 +11,7 @@ __all__ = [
     "ACTIVATIONS",
     "FUNCTIONS",
     "LAYERS",
+    "OPERANDS",
     "PRODUCTS",
     "SHAPES",
     "LayerOp",
@@ -78,6 +79,9 @@ FUNCTIONS = frozenset(
         *("Tanh", "ThresholdedRelu"),
     }
 )
+
+# Element-wise operators that compute with the values of all their inputs.
+OPERANDS = frozenset({"Add", "Div", "Max", "Min", "Mul", "PRelu", "Pow", "Sub"})
 
 # Operators whose output values are all taken from their first input.
 _MOVEMENT = frozenset(

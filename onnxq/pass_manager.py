@@ -22,7 +22,7 @@ from onnxq.progress import Progress, Silent
 from onnxq.report import Changes, PassRecord, Report
 from onnxq.runtime import Session, cores
 from onnxq.statistics import Statistics, observe
-from onnxq.targets import Target
+from onnxq.targets import Target, target_named
 
 __all__ = ["Changes", "Context", "Pass", "PassManager", "options"]
 
@@ -101,7 +101,7 @@ class Context:
         self.seed = seed
         self.deadline = None if budget_s is None else time.monotonic() + budget_s
         self.resume = None if resume is None else Path(resume)
-        self.target = Target.named(target)
+        self.target = target_named(target)
         self.threads = threads
         self.progress: Progress = progress or Silent()
         self.report = Report(notes=[] if self.data is None else [*self.data.notes])

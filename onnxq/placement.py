@@ -97,7 +97,7 @@ def data_inputs(node: gs.Node, kernel: Kernel) -> list[gs.Tensor]:
         return list(node.inputs[:2])
     if kernel.role == "move":
         return list(node.inputs[:1])
-    if kernel.role == "join" or node.op in ("Add", "Mul"):
+    if kernel.role == "join" or node.op in ops.OPERANDS:
         return list(node.inputs)
     return list(node.inputs[:1])
 
@@ -156,11 +156,13 @@ class Ends:
     Args:
         model: The model.
         left: Names of the nodes that are to stay in float.
+        lifts: Whether bounds per channel may be lifted to the end of the grid, see `InsertQDQ`.
     """
 
-    def __init__(self, model: Model, left: Collection[str]) -> None:
+    def __init__(self, model: Model, left: Collection[str], *, lifts: bool = True) -> None:
         self._model = model
         self._left = left
+        self._lifts = lifts
         self._main = {id(n) for n in model.graph.nodes}
 
     def absorbed(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
@@ -188,6 +190,8 @@ class Ends:
         the bounds are, once each channel is shifted up to the end of the grid.
         """
         before, readers = producer(tensor), consumers(tensor)
+        if not self._lifts or tensor.name in self._model.encodings:
+            return None
         if before is None or before.op != "Relu" or len(readers) != 1:
             return None
         node = readers[0]
@@ -227,7 +231,7 @@ def written_activations(
     """The activations behind which a QuantizeLinear stands, by name, and for whom.
 
     True where all readers see what it makes, as behind an integer node; False where only the
-    integer ones do.  The result of a Pad in integers is on the grid of its input already.
+    integer ones do.  What an operator makes that is given integers is on their grid already.
 
     Args:
         model: A model with encodings.
@@ -250,33 +254,38 @@ def written_activations(
     found = {}
     for name, (tensor, everyone) in {**reads, **results}.items():
         source = producer(tensor)
-        if source is None or source.op != "Pad" or id(source) not in kernels:
+        if source is None or id(source) not in kernels or not kernels[id(source)].bare:
             found[name] = tensor, everyone
     return found
 
 
-def place(model: Model, target: Target, exclude: Sequence[str] = ()) -> Placement:
+def place(
+    model: Model, target: Target, exclude: Sequence[str] = (), activations: str | None = None
+) -> Placement:
     """Decide what runs in integers.
 
     Args:
         model: A model whose BatchNormalizations are folded as far as they can be.
         target: The runtime's contract.
         exclude: Globs on node names and operator types that are to stay in float.
+        activations: Their element type; None: the target's first.
 
     Raises:
         RecipeError: A glob matches nothing.
     """
     model.infer()
-    return _Placer(model, target, match_nodes(model, exclude)).run()
+    dtype = target.activations[0] if activations is None else activations
+    return _Placer(model, target, match_nodes(model, exclude), dtype).run()
 
 
 class _Placer:
     """The greatest set of nodes in which every one has reason to be (a fixed point)."""
 
-    def __init__(self, model: Model, target: Target, excluded: set[str]) -> None:
+    def __init__(self, model: Model, target: Target, excluded: set[str], dtype: str) -> None:
         self.model = model
         self.target = target
-        self.ends = Ends(model, excluded)
+        self.dtype = dtype
+        self.ends = Ends(model, excluded, lifts=not target.symmetric)
         self.reasons: dict[str, str] = {}
         self.nodes: dict[int, gs.Node] = {}
         for node in model.graph.nodes:
@@ -285,6 +294,11 @@ class _Placer:
                 self.nodes[id(node)] = node
             else:
                 self.reasons[node.name] = why
+        for node in [*self.nodes.values()]:
+            for tensor in node.outputs if id(node) in self.nodes else ():
+                taken = self.ends.absorbed(tensor, self.kernel(node))
+                if taken is not None and self.nodes.pop(id(taken), None) is not None:
+                    self.reasons[taken.name] = f"{node.name} takes it over"
         # tensor that gets the encoding -> the node that it is the result of
         self.origins = {
             id(self.ends.of(t, self.kernel(n))): n
@@ -327,9 +341,11 @@ class _Placer:
             return self._unfit_move(node)
         if kernel.role == "layer":
             return self._unfit_layer(node)
-        if kernel.role == "elementwise" and any(not _varies(t) for t in data):
+        if kernel.role == "elementwise" and any(t.name and not _varies(t) for t in data):
             if gate_scales(self.model, node) is not None:
                 return "with one scale for all it could not even out the channels of its gate"
+            if self.target.whole:
+                return None
             if any(self._wide(t) for t in data if not _varies(t)):
                 return "one scale for its constant would round the small values away"
             source = next(t for t in data if _varies(t))
@@ -345,8 +361,14 @@ class _Placer:
 
     def _unfit_layer(self, node: gs.Node) -> str | None:
         layer = Layer.of(self.model, node)
+        if layer is None and node.op == "MatMul":
+            if (self.dtype, self.dtype) in self.target.pairs:
+                return None
+            return f"{self.target.name} multiplies no {self.dtype} by {self.dtype}"
         if layer is None:
-            return None if node.op == "MatMul" else "its weight is computed, not constant"
+            return "its weight is computed, not constant"
+        if node.op == "ConvTranspose" and layer.group > 1:
+            return "its groups share scales"
         if node.op == "Gemm" and layer.side != 1:
             return "its weight is on the left side"
         if node.op == "Gemm" and float(node.attrs.get("beta", 1.0)) != 1.0:
@@ -377,7 +399,7 @@ class _Placer:
     def _pointless(self, node: gs.Node) -> str | None:
         """Why a node that could run in integers should not, given the others."""
         kernel = self.kernel(node)
-        if kernel.role == "layer":
+        if kernel.role == "layer" or self.target.whole:
             return None
         ends = [self.ends.of(t, kernel) for t in node.outputs if t.name]
         if not any(self._read(t) for t in ends):

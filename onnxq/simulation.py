@@ -28,7 +28,7 @@ def simulated(model: Model, target: Target) -> Model:
         target: What the model is to run on.
     """
     copy = model.clone()
-    copy.raise_opset(13)
+    copy.raise_opset(copy.encodings.opset)
     nodes = integer_nodes(copy, target)
     kernels = {id(n): nodes[n.name] for n in copy.graph.nodes if n.name in nodes}
     _round_constants(copy, kernels)

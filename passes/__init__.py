@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from onnxq.passes.insert_qdq import InsertQDQ
     from onnxq.passes.load_encodings import LoadEncodings
     from onnxq.passes.noise_equalization import NoiseEqualization
+    from onnxq.passes.reduce_range import ReduceRange
     from onnxq.passes.residual_input import ResidualInput
     from onnxq.passes.space_to_depth import SpaceToDepth
 
@@ -40,6 +41,7 @@ __all__ = [
     "InsertQDQ",
     "LoadEncodings",
     "NoiseEqualization",
+    "ReduceRange",
     "ResidualInput",
     "SpaceToDepth",
 ]
@@ -57,6 +59,7 @@ PASSES = {
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
     "residual-input": "onnxq.passes.residual_input:ResidualInput",
+    "reduce-range": "onnxq.passes.reduce_range:ReduceRange",
     "gptq": "onnxq.passes.gptq:GPTQ",
     "adaround": "onnxq.passes.adaround:AdaRound",
     "bias-correction": "onnxq.passes.bias_correction:BiasCorrection",

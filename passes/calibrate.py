@@ -19,6 +19,7 @@ from onnxq.formats import LayerFormat
 from onnxq.kernels.gates import gate_range
 from onnxq.kernels.observe import moments, tally
 from onnxq.model import Layer, Model, consumers, producer
+from onnxq.ops import bias_input
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, match_nodes, place
 from onnxq.statistics import Method, TensorStatistics, check_method
@@ -70,6 +71,9 @@ class Calibrate:
     `onnxq.analysis.distribution` follows it through the graph.  What is not known so, as the
     model's inputs never are, still needs samples.
 
+    Formats that are not given are the target's, and its rules hold: zero points of 0, results of a
+    given scale (Softmax and Sigmoid on some), one scale for weights that may have no more.
+
     With ``activations="float"`` weights alone get an encoding, those that the target multiplies by
     floats, and no samples are read.  In blocks, neighbours along the inputs share a scale; a layer
     whose inputs are no multiple of the block has one scale per channel.
@@ -84,8 +88,9 @@ class Calibrate:
     are computed, what `exclude` names.
 
     Args:
-        weights: Format of weights, such as int8/channel, int4/channel or int4/block=32.
-        activations: Format of activations, such as uint8, or float.
+        weights: Format of weights, such as int8/channel, int4/channel or int4/block=32; none: the
+            target's.
+        activations: Format of activations, such as uint8, or float; none: the target's.
         formats: Formats of weights layer by layer, such as "first=int8/channel".
         method: minmax, moving-average, percentile, entropy (KL divergence, as TensorRT) or mse
             (least expected squared error, as AIMET's tf-enhanced).
@@ -103,8 +108,8 @@ class Calibrate:
 
     name: ClassVar[str] = "calibrate"
 
-    weights: str = "int8/channel"
-    activations: str = "uint8"
+    weights: str | None = None
+    activations: str | None = None
     formats: tuple[str, ...] = ()
     method: Method = "mse"
     percentile: float = 99.999
@@ -113,22 +118,40 @@ class Calibrate:
     weight_only: Literal["fused", "all"] = "fused"
 
     def __post_init__(self) -> None:
-        Format.parse(self.weights)
-        Format.parse(self.activations)
+        for written in (self.weights, self.activations):
+            if written is not None:
+                Format.parse(written)
         for text in self.formats:
             LayerFormat.parse(text)
         check_method(self.method, self.percentile)
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Fill `model.encodings`."""
+        target = ctx.target
+        activations = self.activations or target.activations[0]
+        weights = self.weights or str(target.weights_with(Format.parse(activations)))
+        return replace(self, weights=weights, activations=activations)._encode(model, ctx)
+
+    @property
+    def _weights(self) -> Format:
+        assert self.weights is not None
+        return Format.parse(self.weights)
+
+    @property
+    def _activations(self) -> Format:
+        assert self.activations is not None
+        return Format.parse(self.activations)
+
+    def _encode(self, model: Model, ctx: Context) -> Changes:
         changes = Changes()
         self._check_formats(ctx.target)
         model.raise_opset(13)  # the first with scales per axis
-        formats = self._weight_formats(model, changes)
-        if Format.parse(self.activations).dtype == "float":
+        ctx.target.check_opset(model.opset)
+        formats = self._weight_formats(model, ctx.target, changes)
+        if self._activations.dtype == "float":
             self._encode_weights_alone(model, ctx.target, formats, changes)
             return changes
-        placement = place(model, ctx.target, self.exclude)
+        placement = place(model, ctx.target, self.exclude, self._activations.dtype)
         model.encodings.float_nodes = dict(placement.float_nodes)
         for layer in model.layers():
             if layer.name in placement.float_nodes:
@@ -138,7 +161,7 @@ class Calibrate:
         activations = measured.encode()
         activations.update(self._encode_exits(measured))
         model.encodings.replace(activations)
-        encoded = self._encode_constants(model, placement, formats, changes)
+        encoded = self._encode_constants(model, ctx.target, placement, formats, changes)
         changes.add(f"{len(activations)} activations: {self.activations} by {self.method}")
         if measured.known:
             estimates = sum(d.estimated for d in measured.known.values())
@@ -153,24 +176,29 @@ class Calibrate:
         return changes
 
     def _check_formats(self, target: Target) -> None:
-        activations = Format.parse(self.activations)
-        target.check(Format.parse(self.weights), activations)
+        activations = self._activations
+        target.check(self._weights, activations)
         for entry in map(LayerFormat.parse, self.formats):
             target.check(entry.format, activations, f"--format {entry.selector}=")
 
-    def _weight_formats(self, model: Model, changes: Changes) -> dict[str, Format]:
+    def _weight_formats(self, model: Model, target: Target, changes: Changes) -> dict[str, Format]:
         """Name of each layer -> the format of its weight."""
-        formats = {layer.name: Format.parse(self.weights) for layer in model.layers()}
+        formats = {layer.name: self._weights for layer in model.layers()}
         for entry in map(LayerFormat.parse, self.formats):
             names = entry.layers(model)
             formats.update(dict.fromkeys(names, entry.format))
             count = f"{len(names)} layers" if names else "the model has no such layer"
             changes.add(f"{entry}: {count}")
+        for layer in model.layers():
+            kernel, wanted = target.kernels.get(layer.op), formats[layer.name]
+            if kernel and not kernel.per_channel and wanted.granularity == "channel":
+                formats[layer.name] = Format(wanted.dtype)
+                changes.skip(layer.name, f"one scale: {target.name} takes no more for {layer.op}")
         return formats
 
     def _count_weights(self, encoded: Sequence[Format], changes: Changes, how: str = "") -> None:
         """Say how many weights have which format."""
-        wanted = Format.parse(self.weights)
+        wanted = self._weights
         changes.add(f"{encoded.count(wanted)} weights: {self.weights}{how}")
         for other in dict.fromkeys(encoded):
             if other != wanted:
@@ -225,6 +253,7 @@ class Calibrate:
     def _encode_constants(
         self,
         model: Model,
+        target: Target,
         placement: Placement,
         formats: Mapping[str, Format],
         changes: Changes,
@@ -239,47 +268,54 @@ class Calibrate:
             if layer is not None:
                 end = ends.of(layer.y, placement.nodes[node.name])
                 wanted = formats[layer.name]
-                self._encode_weight(model, layer, end, wanted)
+                self._encode_weight(model, target, layer, end, wanted)
                 encoded.append(wanted)
-                if layer.side == 0 and wanted != Format.parse(self.weights):
+                if layer.side == 0 and wanted != self._weights:
                     why = f"its weight is on the left: {self.activations}, not {wanted}"
                     changes.skip(layer.name, why)
                 continue
             for index, tensor in enumerate(data_inputs(node, placement.nodes[node.name])):
                 if isinstance(tensor, gs.Constant):
-                    self._encode_operand(model, node, index, tensor)
+                    self._encode_operand(model, target, node, index, tensor)
         return encoded
 
-    def _encode_operand(self, model: Model, node: gs.Node, index: int, tensor: gs.Constant) -> None:
+    def _encode_operand(
+        self, model: Model, target: Target, node: gs.Node, index: int, tensor: gs.Constant
+    ) -> None:
         """Of a constant that is added, multiplied or joined: as activations are written."""
         values = finite(model, tensor)
-        dtype = Format.parse(self.activations).dtype
-        encoding = Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
+        dtype, ends = self._activations.dtype, (values.min(initial=0), values.max(initial=0))
+        encoding = Encoding.of_range(*ends, dtype, symmetric=target.symmetric)
         if model.encodings.get(tensor.name, encoding) != encoding:  # it is a weight, too
             tensor = node.inputs[index] = model.constant(f"{tensor.name}.{node.name}", values)
         model.encodings[tensor.name] = encoding
 
-    def _encode_weight(self, model: Model, layer: Layer, end: gs.Tensor, wanted: Format) -> None:
+    def _encode_weight(
+        self, model: Model, target: Target, layer: Layer, end: gs.Tensor, wanted: Format
+    ) -> None:
         """Of the weight of a layer, given the tensor that has the encoding of its result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
-        encoding = self._weight_encoding(layer, values, wanted)
+        encoding = self._weight_encoding(layer, values, wanted, symmetric=target.symmetric)
         if known is not None and (known.dtype, known.axis) != (encoding.dtype, encoding.axis):
             layer.set_weight(values)  # a copy: it is read along another axis, or in another format
             known = None
         if known is not None:
             encoding = replace(encoding, scale=np.maximum(encoding.scale, known.scale))
         x = model.encodings.get(layer.x.name)
-        if x is not None and layer.op in ("Conv", "Gemm"):
-            if layer.bias is not None:
-                finite(model, layer.bias_tensor)
+        if x is not None and bias_input(layer.op) is not None and layer.bias is not None:
+            finite(model, layer.bias_tensor)
+        if x is not None and bias_input(layer.op) is not None and target.bias == "int32":
             encoding = guard_bias(encoding, written_bias(layer, end), float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
 
-    def _weight_encoding(self, layer: Layer, values: np.ndarray, wanted: Format) -> Encoding:
-        dtype = Format.parse(self.activations).dtype
+    def _weight_encoding(
+        self, layer: Layer, values: np.ndarray, wanted: Format, *, symmetric: bool = False
+    ) -> Encoding:
+        dtype = self._activations.dtype
         if layer.side == 0 and dtype != "float":  # on the left: one type and scale for that side
-            return Encoding.of_range(values.min(initial=0), values.max(initial=0), dtype)
+            low, high = values.min(initial=0), values.max(initial=0)
+            return Encoding.of_range(low, high, dtype, symmetric=symmetric)
         if wanted.granularity == "tensor" or (layer.op == "MatMul" and values.ndim != 2):
             if wanted.dtype.startswith("u"):
                 return Encoding.of_range(values.min(initial=0), values.max(initial=0), wanted.dtype)
@@ -339,8 +375,10 @@ class _Activations:
 
     def __init__(self, step: Calibrate, model: Model, placement: Placement, ctx: Context) -> None:
         self.step = step
-        self.format = Format.parse(step.activations)
+        self.target = ctx.target
+        self.format = step._activations
         self.placement = placement
+        self.fixed = self._fixed(model)
         self.source = {name: name for name in placement.tensors}
         for name, result in placement.moves:
             self.source[result] = self.source[name]
@@ -413,29 +451,44 @@ class _Activations:
 
     def _exits(self) -> list[str]:
         """Results of convolutions that may have a range per channel."""
-        if self.format.dtype != "uint8":  # onnxruntime on x64 makes int8 uint8, not per channel
+        # onnxruntime on x64 makes int8 uint8, not per channel
+        if self.format.dtype != "uint8" or not self.target.cpu:
             return []
         free = (0.0, np.inf)
         return [n for n in self.placement.exits if self.placement.bounds.get(n, free) == free]
+
+    def _fixed(self, model: Model) -> dict[str, Encoding]:
+        """Results whose scale and zero point the target gives."""
+        found = {}
+        for node in model.graph.nodes:
+            kernel = self.placement.nodes.get(node.name)
+            for dtype, scale, zero in () if kernel is None else kernel.results:
+                if dtype == self.format.dtype:
+                    given = np.array(scale, np.float32), np.array(zero, np.int32)
+                    found[node.outputs[0].name] = Encoding(dtype, *given)
+        return found
 
     def encode(self) -> dict[str, Encoding]:
         encodings = {n: self._encode(n) for n in dict.fromkeys(self.source.values())}
         for names, out in reversed(self.placement.joins):
             joint = encodings[self.source[out]]
             for root in dict.fromkeys(self.source[n] for n in names if n in self.source):
-                if self._may_share(root, encodings[root], joint):
+                if root not in self.fixed and self._may_share(root, encodings[root], joint):
                     encodings[root] = joint
         return {name: encodings[root] for name, root in self.source.items()}
 
     def _encode(self, name: str) -> Encoding:
+        if name in self.fixed:
+            return self.fixed[name]
         low, high = self._range(name)
         if name in self.unseen:
             tensor = self.tensors[name]
             low, high = widened(tensor, low, high, is_score=name in self.scores)
         bounds = self.placement.bounds.get(name)
-        if bounds is None:
-            return Encoding.of_range(low, high, self.format.dtype)
-        low, high = max(low, bounds[0]), min(high, bounds[1])
+        if bounds is not None:
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+        if bounds is None or self.target.symmetric:  # then the Relu or Clip does its work itself
+            return Encoding.of_range(low, high, self.format.dtype, symmetric=self.target.symmetric)
         return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
 
     def _range(self, name: str) -> tuple[float, float]:
@@ -481,7 +534,7 @@ class _Activations:
 
     def _may_share(self, name: str, own: Encoding, joint: Encoding) -> bool:
         """Whether a Concat input may take the encoding of the result."""
-        bounds = self.placement.bounds.get(name)
+        bounds = None if self.target.symmetric else self.placement.bounds.get(name)
         if bounds is not None and (joint.low < bounds[0] or joint.high > bounds[1]):
             return False
         if self.readers[name] <= 1:

@@ -33,7 +33,8 @@ class GateEqualization:
     per channel, too.  That costs time, so it is done only where at least a tenth of the channels
     would otherwise get `levels` steps or fewer.
 
-    Refused: gates whose result something else than convolutions reads, shared weights.
+    Refused: gates whose result something else than convolutions reads, shared weights, targets
+    where activations have one scale.
 
     Args:
         levels: Steps that the range of a channel must keep, of 255 for the whole tensor.
@@ -59,7 +60,9 @@ class GateEqualization:
             if gate_factor(n) is not None
             and all(gate_scales(model, r) is None for r in consumers(n.outputs[0]))
         }
-        if not gates:
+        if gates and not ctx.target.cpu:
+            changes.skip("model", f"{ctx.target.name} has one scale for all channels of a gate")
+        if not gates or not ctx.target.cpu:
             return changes
         model.infer()
         added = []

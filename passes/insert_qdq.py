@@ -12,23 +12,24 @@ import onnx_graphsurgeon as gs
 from onnxq.encoding import Encoding
 from onnxq.errors import ModelError
 from onnxq.model import Layer, Model, consumers, producer, rewire
-from onnxq.ops import FUNCTIONS, bias_input
+from onnxq.ops import FUNCTIONS, OPERANDS, bias_input
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import (
     Ends,
+    activation_bounds,
     data_inputs,
     gate_scales,
     integer_nodes,
     written_activations,
 )
 from onnxq.row_blocks import split_rows
-from onnxq.targets import Kernel, Storage
+from onnxq.targets import Kernel, Storage, Target
 from onnxq.weight_only import weight_only, write
 
 __all__ = ["InsertQDQ"]
 
 # What may stand, in float, between integers.
-ISLAND = FUNCTIONS | {"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"}
+ISLAND = FUNCTIONS | OPERANDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +46,11 @@ class InsertQDQ:
        encoding, and so has its result (Gemm and MatMul may also give float).
     2. The pair stands after the tensor.  Behind an integer node every reader gets the DQ; behind
        a float node only the integer readers do, the others keep the exact float.
-    3. A bias becomes int32 with scale s_x * s_w and zero point 0, one copy per layer.
-    4. Pad has no fusion of its own, so it is written on the integers, padding with the zero point.
+    3. A bias becomes int32 with scale s_x * s_w and zero point 0, one copy per layer; for targets
+       that take no such thing it stays float.  Nor stands a Relu or Clip before Q where a target
+       finds no pattern across it.
+    4. Pad has no fusion in onnxruntime, so it is written on the integers, padding with the zero
+       point.
     5. An encoding per channel of a Conv's result is multiplied into the scales of its weight; Q
        then has scale 1, and DQ the scales of the channels.
     6. An output of the model keeps its name.
@@ -110,6 +114,9 @@ class InsertQDQ:
         """Rewrite the graph."""
         changes = Changes()
         packed = self._raise_opset(model, ctx, changes)
+        ctx.target.check_opset(model.opset)
+        if ctx.target.fixed_sizes and (why := _open_sizes(model)):
+            changes.skip("model", f"{why}: {ctx.target.name} wants them fixed")
         nodes = integer_nodes(model, ctx.target)
         ends = Ends(model, model.encodings.float_nodes)
         lowered = [
@@ -117,7 +124,10 @@ class InsertQDQ:
             for n in [*model.graph.nodes]
             if n.name in nodes
         ]
-        split = [split_rows(model, layer) for layer in model.layers() if layer.name in nodes]
+        if not ctx.target.keeps_activation:
+            _drop_activations(model, nodes, changes)
+        layers = [layer for layer in model.layers() if layer.name in nodes and ctx.target.cpu]
+        split = [split_rows(model, layer) for layer in layers]
         for what in filter(None, split):
             changes.add(what)
         if any(lowered) or any(split):
@@ -126,7 +136,7 @@ class InsertQDQ:
         if not nodes and not alone:
             changes.skip("model", "no operator that the target runs in integers has encodings")
             return changes
-        writer = _Writer(model, nodes, packed=packed)
+        writer = _Writer(model, nodes, ctx.target, packed=packed)
         writer.constants()
         writer.activations()
         for layer in alone:
@@ -141,11 +151,9 @@ class InsertQDQ:
 
     def _raise_opset(self, model: Model, ctx: Context, changes: Changes) -> bool:
         """Bring the model to the operator set that its encodings need; whether it knows int4."""
-        model.raise_opset(13)
+        model.raise_opset(model.encodings.opset)
         found = [layer.weight_encoding for layer in model.layers()]
         known = [encoding for encoding in found if encoding is not None]
-        if any(encoding.block for encoding in known):
-            model.raise_opset(21)
         stored = self.stored or ctx.target.stored
         if stored == "int8" or all(encoding.bits > 4 for encoding in known):
             return False
@@ -157,6 +165,39 @@ class InsertQDQ:
             changes.skip("model", f"its weights take a byte each: {error.what}")
             return False
         return True
+
+
+def _open_sizes(model: Model) -> str:
+    """What sizes of the inputs are open; empty where all are fixed."""
+    found = [t for t in model.graph.inputs if not all(isinstance(n, int) for n in t.shape or [""])]
+    return ", ".join(f"sizes of {t.name} are open" for t in found)
+
+
+def _drop_activations(model: Model, nodes: dict[str, Kernel], changes: Changes) -> None:
+    """Leave out each Relu and Clip that quantizing takes over, where the grid is within bounds."""
+    ends, dropped = Ends(model, model.encodings.float_nodes), 0
+    for node in [*model.graph.nodes]:
+        kernel = nodes.get(node.name)
+        for index, tensor in enumerate(node.outputs if kernel is not None else ()):
+            assert kernel is not None
+            activation = ends.absorbed(tensor, kernel)
+            if activation is None or activation.name in nodes:
+                continue
+            result, bounds = activation.outputs[0], activation_bounds(model, activation)
+            encoding = model.encodings.get(result.name)
+            if encoding is None or bounds is None:
+                continue
+            slack = 1e-6 * max(encoding.high, -encoding.low)  # the grid is that of a float32 scale
+            if encoding.low < bounds[0] - slack or encoding.high > bounds[1] + slack:
+                changes.skip(activation.name, "the grid of its result leaves its bounds")
+                continue
+            activation.inputs.clear()
+            activation.outputs.clear()
+            node.outputs[index] = result
+            dropped += 1
+    if dropped:
+        model.cleanup()
+        changes.add(f"{dropped} Relu and Clip are left to the saturation of Q")
 
 
 def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Changes) -> bool:
@@ -192,8 +233,11 @@ def _lower_ceiling(model: Model, node: gs.Node, result: gs.Tensor, changes: Chan
 
 
 class _Writer:
-    def __init__(self, model: Model, nodes: dict[str, Kernel], *, packed: bool) -> None:
+    def __init__(
+        self, model: Model, nodes: dict[str, Kernel], target: Target, *, packed: bool
+    ) -> None:
         self.model = model
+        self.target = target
         self.packed = packed
         self.kernels = {id(n): nodes[n.name] for n in model.graph.nodes if n.name in nodes}
         self.nodes = [n for n in model.graph.nodes if id(n) in self.kernels]
@@ -223,9 +267,13 @@ class _Writer:
                     if layer is not None and leaving is not None:
                         node.inputs[index] = self._scaled(layer, tensor, encoding, leaving)
                         continue
-                    if layer is not None and layer.bias is not None:
+                    if layer is not None and layer.bias is not None and self._integer_bias:
                         self._bias(layer, encoding)
                     node.inputs[index] = self._dequantized(tensor, encoding)
+
+    @property
+    def _integer_bias(self) -> bool:
+        return self.target.bias == "int32"
 
     def _exit(self, layer: Layer | None) -> Encoding | None:
         """The encoding per channel of a convolution's result; None if it has one scale."""
@@ -300,7 +348,7 @@ class _Writer:
         for tensor, everyone in written_activations(self.model, self.kernels).values():
             self._pair(tensor, everyone=everyone)
         for node in self.nodes:
-            if node.op == "Pad":
+            if self.kernels[id(node)].bare:
                 self._pad(node)
 
     def _pair(self, tensor: gs.Tensor, *, everyone: bool) -> None:

@@ -69,7 +69,7 @@ def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None
     """What keeps a tensor from being written so; None if nothing does."""
     types = set(target.activations)
     if isinstance(tensor, gs.Constant):
-        types.update(*map(target.weights, ("float", *target.activations)))
+        types.update(*map(target.weight_types, ("float", *target.activations)))
     if encoding.dtype not in types:
         return f"{target.name} has no integer kernels for {encoding.dtype}"
     axis, shape = encoding.axis, tensor.shape

@@ -33,8 +33,8 @@ class ResidualInput:
     rounded on the grid of W, which costs little, as the residue is small.  The convolution has
     twice the multiply-adds, so this is done only where the input's own grid is too coarse.
 
-    Refused, with the reason: inputs that something else than one convolution reads, and grouped
-    convolutions.
+    Refused, with the reason: inputs that something else than one convolution reads, grouped
+    convolutions, and targets other than a CPU.
 
     Args:
         least: Least SQNR of the quantized input in dB, averaged over the samples' noise-to-signal
@@ -66,6 +66,10 @@ class ResidualInput:
             layer = _only_reader(model, tensor)
             if isinstance(layer, str):
                 changes.skip(tensor.name, f"its SQNR is {sqnr:.1f} dB in integers, but {layer}")
+                continue
+            if not ctx.target.cpu:
+                why = f"{ctx.target.name} would run its residue in float, elsewhere"
+                changes.skip(tensor.name, f"its SQNR is {sqnr:.1f} dB in integers, but {why}")
                 continue
             self._rewrite(model, tensor, layer)
             changes.add(f"{tensor.name}: {sqnr:.1f} dB in 8 bits, residue through {layer.name}")

@@ -106,3 +106,41 @@ def _bytes(proto: onnx.ModelProto) -> bytes:
 def reasons(changes: Changes) -> dict[str, str]:
     """What was declined: node or tensor -> reason."""
     return {skip.layer: skip.why for skip in changes.skipped}
+
+
+def pair_sums(
+    x: np.ndarray, weight: np.ndarray, *, group: int = 1, pad: int = 0, step: int = 1, zero: int = 0
+) -> np.ndarray:
+    """The sums of two products that AVX2 adds in 16 bits, before it clips them, [P, O, K / 2].
+
+    As onnxruntime packs a convolution: positions of the window outermost, then input channels.
+
+    Args:
+        x: Integers of the input, [N, C, H, W].
+        weight: Integers of the weight, [O, C / group, kH, kW].
+        group: Groups.
+        pad: Padding on each side.
+        step: Strides.
+        zero: What is padded with.
+    """
+    wide = ((0, 0), (0, 0), (pad, pad), (pad, pad))
+    padded = np.pad(x.astype(np.int64), wide, constant_values=zero)
+    outs, each, *size = weight.shape
+    found = []
+    for n in range(x.shape[0]):
+        for i in range(0, padded.shape[2] - size[0] + 1, step):
+            for j in range(0, padded.shape[3] - size[1] + 1, step):
+                window = padded[n, :, i : i + size[0], j : j + size[1]]
+                rows = []
+                for o in range(outs):
+                    start = o // (outs // group) * each
+                    products = [
+                        int(window[start + c, a, b]) * int(weight[o, c, a, b])
+                        for a in range(size[0])
+                        for b in range(size[1])
+                        for c in range(each)
+                    ]
+                    products += [0] * (len(products) % 2)
+                    rows.append([a + b for a, b in zip(*[iter(products)] * 2, strict=True)])
+                found.append(rows)
+    return np.array(found)

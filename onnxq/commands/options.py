@@ -128,7 +128,10 @@ target = click.option(
     "--target",
     metavar="NAME",
     show_default="ort-cpu, unless the recipe names one",
-    help="What is to run the model. ort-cpu is onnxruntime on a CPU.",
+    help="What is to run the model: onnxruntime on a CPU (ort-cpu, or more precisely ort-x64,"
+    " ort-x64-avx2, ort-arm64, ort-mobile), on a phone (xnnpack, nnapi, qnn), or tensorrt or"
+    " openvino. It gives formats, says which operators become integers, and refuses what it does"
+    " not execute; docs/targets.md has the rules.",
 )
 statistics = click.option(
     "--statistics",

@@ -50,10 +50,10 @@ __all__ = ["quantize"]
     "--weights",
     metavar="FMT",
     show_default="int8/channel, or the recipe's",
-    help="Number format of weights: int8, int4, int3 or int2, or uint8 to uint2, with a scale per"
-    " output channel, as in int8/channel, or one in all, as in int8/tensor. 4 bits and fewer take"
-    " half a byte in the file and run as int8. With float activations also a scale per block, as in"
-    " int4/block=32.",
+    help="Number format of weights: int8, int7 (for CPUs without VNNI, where int8 may overflow),"
+    " int4, int3 or int2, or uint8 to uint2, with a scale per output channel, as in int8/channel,"
+    " or one in all, as in int8/tensor. 4 bits and fewer take half a byte in the file and run as"
+    " int8. With float activations also a scale per block, as in int4/block=32.",
 )
 @click.option(
     "--format",
@@ -68,10 +68,10 @@ __all__ = ["quantize"]
 @click.option(
     "--activations",
     metavar="FMT",
-    show_default="uint8, or the recipe's",
-    help="Number format of activations: uint8; int8, which onnxruntime does not run in integers"
-    " on x86-64; or float, for integers in nothing but the weights of MatMul and Gemm, which takes"
-    " no samples, but rounds scales per channel better with them.",
+    show_default="the target's first, or the recipe's",
+    help="Number format of activations: uint8; int8; uint16 or int16, for the target qnn; or"
+    " float, for integers in nothing but the weights of MatMul and Gemm, which takes no samples,"
+    " but rounds scales per channel better with them.",
 )
 @click.option(
     "--method",
@@ -126,6 +126,8 @@ def quantize(
       onnxq quantize in.onnx out.onnx --calib photos/ --preprocess imagenet
       onnxq quantize in.onnx out.onnx --calib samples/ --exclude 'head.*'
       onnxq quantize in.onnx out.onnx --calib samples/ --weights int8/tensor
+      onnxq quantize in.onnx out.onnx --calib samples/ --target xnnpack
+      onnxq quantize in.onnx out.onnx --calib samples/ --target qnn --activations uint16
       onnxq quantize in.onnx out.onnx --calib samples/ --weights int4/channel \
         --format first=int8/channel --format depthwise=int8/channel
       onnxq quantize in.onnx out.onnx --data-free --preprocess imagenet

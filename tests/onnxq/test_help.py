@@ -64,8 +64,9 @@ def test_the_first_lines_fit_the_list():
 
 def test_defaults_and_choices_that_texts_name():
     step = Calibrate()
-    for name in ("weights", "activations", "method"):
-        assert option(name).show_default == f"{getattr(step, name)}, or the recipe's"
+    assert option("method").show_default == f"{step.method}, or the recipe's"
+    assert {t.weights for t in TARGETS.values()} == {"int8/channel"}
+    assert option("weights").show_default == "int8/channel, or the recipe's"
     assert all(name in option("recipe").help for name in RECIPES)
     assert all(name in option("target").help for name in TARGETS)
     assert all(name in option("preprocess").help for name in PRESETS)

@@ -8,13 +8,13 @@ from onnxq.model import load
 from onnxq.pass_manager import Context
 from onnxq.passes import Calibrate, InsertQDQ
 from onnxq.simulation import input_name, simulated
-from onnxq.targets import Target
+from onnxq.targets import target_named
 from tests import models
 from tests.checks import ops, run
 from tests.models import parse
 from tests.passes.test_gptq import samples
 
-TARGET = Target.named("ort-cpu")
+TARGET = target_named("ort-cpu")
 NETS = {
     "chain": "g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w, float[5,4,1,1] v>"
     "{ a = Conv(x, w) b = Relu(a) y = Conv(b, v) }",
