@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from onnxq.encoding import DTYPES, Format, in_bytes
@@ -70,6 +71,14 @@ class Target:
             return TARGETS[name]
         hint = did_you_mean(name, TARGETS, f"targets are {', '.join(TARGETS)}")
         raise TargetError(f"no target {name!r}", fix=hint)
+
+    @property
+    def any_width(self) -> Target:
+        """The same operators with integers of every width, to simulate what has no kernels."""
+        types = tuple(t for t in DTYPES if t != "int32")
+        return replace(
+            self, activations=types, pairs=frozenset(product(types, map(in_bytes, types)))
+        )
 
     def check(self, weights: Format, activations: Format, option: str = "--weights ") -> None:
         """Refuse formats for which the target has no integer kernels.

@@ -111,7 +111,7 @@ CHANNELS = {"y_scale": [1.0, 2.0], "axis": 0}
         ({"name": 3}, r"an encoding without a name \(encoding 2 of e\.json\)"),
         ({"name": ""}, "an encoding without a name"),
         ({"name": "x"}, "a second encoding of the same name.*x, encoding 2"),
-        ({"output_dtype": "int7"}, "no integer type 'int7'.*types are int2"),
+        ({"output_dtype": "int17"}, "no integer type 'int17'.*types are int2"),
         ({"output_dtype": ["int8"]}, "no integer type"),
         ({"y_scale": 0}, "wanted a finite float32 above 0, got 0"),
         ({"y_scale": -1.5}, r"above 0, got -1\.5"),
