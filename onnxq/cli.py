@@ -11,6 +11,7 @@ import click
 
 from onnxq.commands.compare import compare
 from onnxq.commands.deploy import deploy
+from onnxq.commands.encodings import encodings
 from onnxq.commands.group import Group
 from onnxq.commands.inspect import inspect
 from onnxq.commands.passes import passes
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for _verb in (quantize, run, compare, inspect, deploy, passes):
+for _verb in (quantize, run, compare, inspect, encodings, deploy, passes):
     main.add_command(_verb)
