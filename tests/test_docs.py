@@ -97,6 +97,23 @@ def test_the_python_of_the_readme_runs(monkeypatch, tmp_path):
     assert abs(right[0] - right[1]) <= 1
 
 
+def test_the_python_of_the_migration_guide_runs(monkeypatch, tmp_path, capsys):
+    shutil.copytree(DIGITS, tmp_path / "examples" / "digits")
+    monkeypatch.chdir(tmp_path)
+    snippets, names = blocks(DOCS / "migration.md", "python"), {}
+    assert len(snippets) >= 6
+    for snippet in snippets:
+        exec(compile(snippet, "migration.md", "exec"), names)
+    shares = [float(n) for n in re.findall(r"([\d.]+)% right", capsys.readouterr().out)]
+    assert shares[0] >= 98.5
+    assert shares[1] >= 95
+    assert names["report"].facts["integers"]["share"] == 1
+    onnx.checker.check_model("digits.qdq.onnx", full_check=True)
+    with np.load(DIGITS / "test.npz") as test:
+        found = Session("digits.int8.onnx").run({"input": test["input"]})["logits"]
+        assert np.mean(found.argmax(axis=1) == test["labels"]) >= 0.985
+
+
 def test_recipes_that_pages_show_are_recipes():
     for file in PAGES:
         for text in blocks(file, "toml"):
