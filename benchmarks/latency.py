@@ -12,10 +12,8 @@ row says so.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import json
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,48 +22,19 @@ from typing import Any
 
 import _zoo
 import numpy as np
-from _zoo import Feed, Reader, stream
+from _zoo import Feed, Reader, spread, stream
 from onnxruntime.quantization import QuantFormat, QuantType, quant_pre_process, quantize_static
 
 import onnxq
 from onnxq.analysis.latency import NO_SPINNING, runs
-from onnxq.runtime import Session, versions
+from onnxq.runtime import Session
 
 # Differences of latency up to this share are those of measuring.
 TOLERANCE = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", nargs="*", metavar="MODEL", help="of the zoo, or an .onnx file")
-    parser.add_argument("--calib", type=Path, help="folder of .npz samples for an .onnx file")
-    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime; 0 for all cores")
-    parser.add_argument("--samples", type=int, default=32, help="to calibrate with")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timing, each model")
-    parser.add_argument(
-        "--quick", action="store_true", help="8 samples, hardly timed: does it run?"
-    )
-    args = parser.parse_args(arguments)
-    if args.quick:
-        args.samples, args.seconds = 8, 0.2
-    if args.calib is not None:
-        if not args.models:
-            parser.error("--calib is for .onnx files: name some")
-        pairs = [(Path(name), args.calib) for name in args.models]
-    else:
-        zoo = _zoo.folder()
-        names = args.models or sorted(f.stem for f in (zoo / "models").glob("*.onnx"))
-        pairs = [(zoo / "models" / f"{name}.onnx", _zoo.samples(zoo, name)) for name in names]
-    rows = [measure(*pair, args.samples, args.threads, args.seconds) for pair in pairs]
-    threads = args.threads or "all cores"
-    print(
-        f"batch 1, threads: {threads}, onnxruntime {versions()['onnxruntime']}; median (quartiles)"
-    )
-    print(table(rows))
-    _zoo.OUT.mkdir(exist_ok=True)
-    (_zoo.OUT / "latency.json").write_text(json.dumps(rows, indent=1))
+    _zoo.timed(measure, table, __doc__, arguments)
 
 
 def measure(source: Path, calib: Path, count: int, threads: int, seconds: float) -> dict[str, Any]:
@@ -146,7 +115,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for row in rows:
         ms = row["ms"]
-        cells = [shown(ms.get(name)) for name in ("float", "onnxq", "onnxruntime")]
+        cells = [spread(ms.get(name), "fails") for name in ("float", "onnxq", "onnxruntime")]
         for top, under in (("onnxq", "float"), ("onnxruntime", "float"), ("onnxq", "onnxruntime")):
             known = top in ms and under in ms
             cells.append(f"{ms[top][0] / ms[under][0]:.2f}" if known else "")
@@ -161,14 +130,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"\nonnxq slower than onnxruntime by over {TOLERANCE:.0%}: {', '.join(slower) or 'none'}"
     )
     return "\n".join(lines)
-
-
-def shown(quartiles: list[float] | None) -> str:
-    """Median and quartiles."""
-    if quartiles is None:
-        return "fails"
-    low, median, high = quartiles
-    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxq.model import Model, load
     from onnxq.pass_manager import Changes, Context, Pass, PassManager
     from onnxq.pictures import Preprocess
+    from onnxq.quantsim import QuantizationSimModel
     from onnxq.recipe import Recipe
     from onnxq.report import Report
     from onnxq.statistics import Statistics
@@ -37,6 +38,7 @@ __all__ = [
     "Pass",
     "PassManager",
     "Preprocess",
+    "QuantizationSimModel",
     "Recipe",
     "Report",
     "Statistics",
@@ -64,6 +66,7 @@ _HOMES = {
     "Pass": "onnxq.pass_manager",
     "PassManager": "onnxq.pass_manager",
     "Preprocess": "onnxq.pictures",
+    "QuantizationSimModel": "onnxq.quantsim",
     "Recipe": "onnxq.recipe",
     "Report": "onnxq.report",
     "Statistics": "onnxq.statistics",

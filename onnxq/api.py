@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import encodings_json, recipe, report_html
+from onnxq import recipe, report_html
 from onnxq.analysis import cost, error, fusion
 from onnxq.analysis.latency import NO_SPINNING, Latency, pair
 from onnxq.analysis.storage import Storage, storage
@@ -111,7 +111,8 @@ def quantize(
         exclude: Globs on node names and operator types that stay in float.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
-        encodings: Encodings to use instead of calibrating.
+        encodings: Encodings to use instead of calibrating; they choose formats and ranges, so that
+            weights, activations, formats and method must be left out.
         statistics: A file in which calibration statistics are kept for the next run.
         data_free: Make samples up instead of reading any, see `onnxq.synthetic`.
         report: A file for the report as a page (HTML).
@@ -127,6 +128,8 @@ def quantize(
     Raises:
         OnnxqError: Anything that the user can mend.
     """
+    if encodings is not None:
+        _check_free(weights=weights, activations=activations, formats=formats, method=method)
     if recipe is None:
         samples = calib is not None or data_free
         recipe = _fitting_recipe(weights, activations, samples=samples, data_free=data_free)
@@ -136,7 +139,7 @@ def quantize(
     given |= {k: tuple(v) for k, v in (("formats", formats), ("exclude", exclude)) if v}
     steps = _with_options(chosen.passes, given)
     if encodings is not None:
-        steps = _with_encodings(steps, Path(encodings))
+        steps = _with_encodings(steps, Path(encodings), tuple(exclude))
     return run(
         dataclasses.replace(chosen, passes=steps),
         source,
@@ -527,9 +530,21 @@ def _with_options(steps: Sequence[Pass], given: Mapping[str, Any]) -> tuple[Pass
     return tuple(map(told, steps))
 
 
-def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:
-    encodings_json.load(path)  # a broken file is refused before any work is done
-    return tuple(LoadEncodings(path=str(path)) if isinstance(s, Calibrate) else s for s in steps)
+def _check_free(**given: Any) -> None:
+    """Refuse options that choose formats or ranges where encodings are given, which have both."""
+    chosen = [name for name, value in given.items() if value]
+    if chosen:
+        raise RecipeError(
+            f"encodings are given, and say themselves what {' and '.join(chosen)} would choose",
+            fix="leave out the one or the other",
+        )
+
+
+def _with_encodings(
+    steps: Sequence[Pass], path: Path, exclude: tuple[str, ...]
+) -> tuple[Pass, ...]:
+    load = LoadEncodings(path=str(path), exclude=exclude)
+    return tuple(load if isinstance(s, Calibrate) else s for s in steps)
 
 
 def _watch(ranges: WeightRanges, steps: Sequence[Pass]) -> After:

@@ -12,6 +12,7 @@ import click
 from onnxq.commands.compare import compare
 from onnxq.commands.deploy import deploy
 from onnxq.commands.doctor import doctor
+from onnxq.commands.encodings import encodings
 from onnxq.commands.group import Group
 from onnxq.commands.inspect import inspect
 from onnxq.commands.passes import passes
@@ -40,5 +41,5 @@ def main() -> None:
     """
 
 
-for _verb in (quantize, run, compare, inspect, doctor, deploy, passes):
+for _verb in (quantize, run, compare, inspect, doctor, encodings, deploy, passes):
     main.add_command(_verb)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal
 
 from onnxq.encoding import DTYPES, Format, in_bytes
@@ -89,6 +90,18 @@ class Target:
     weight_only: frozenset[str] = frozenset()
     least_block: int = 16
     remarks: tuple[str, ...] = ()
+
+    @property
+    def any_width(self) -> Target:
+        """The same operators with integers of every width, to simulate what has no kernels."""
+        rest = (t for t in DTYPES if t != "int32")
+        types = tuple(dict.fromkeys([*self.activations, *rest]))  # the first is the default
+        return replace(
+            self,
+            activations=types,
+            pairs=frozenset(product(types, map(in_bytes, types))),
+            per_channel=frozenset(types),
+        )
 
     def check(self, weights: Format, activations: Format, option: str = "--weights ") -> None:
         """Refuse formats for which the target has no integer kernels.

@@ -17,21 +17,11 @@ from onnxq.kernels import quantize as kernels
 
 __all__ = ["DTYPES", "Encoding", "Encodings", "Format"]
 
-# element type -> (bits, signed)
-DTYPES = {
-    "int2": (2, True),
-    "uint2": (2, False),
-    "int3": (3, True),
-    "uint3": (3, False),
-    "int4": (4, True),
-    "uint4": (4, False),
-    "int7": (7, True),
-    "int8": (8, True),
-    "uint8": (8, False),
-    "int16": (16, True),
-    "uint16": (16, False),
-    "int32": (32, True),
+# element type -> (bits, signed); those that ONNX has no type for lie in the next wider one
+DTYPES = {f"{sign}int{bits}": (bits, not sign) for bits in range(2, 17) for sign in ("", "u")} | {
+    "int32": (32, True)
 }
+TYPES = "types are int2 to int16, uint2 to uint16 and float"
 # The least scale that is written: reciprocals of smaller ones overflow float32.
 SMALLEST_SCALE = np.float32(1e-30)
 
@@ -64,9 +54,9 @@ class Format:
             return text
         dtype, _, rest = text.strip().lower().partition("/")
         if dtype not in DTYPES and dtype != "float":
-            types = [*DTYPES, "float"]
-            hint = did_you_mean(dtype, types, f"types are {', '.join(types)}")
-            raise RecipeError(f"no number format {text!r}", fix=hint)
+            raise RecipeError(
+                f"no number format {text!r}", fix=did_you_mean(dtype, [*DTYPES, "float"], TYPES)
+            )
         granularity, _, size = (rest or "tensor").partition("=")
         sized = granularity == "block"
         if (
@@ -97,9 +87,10 @@ class Format:
 
 
 def in_bytes(dtype: str) -> str:
-    """The element type of whole bytes that holds the values of one."""
+    """The element type of one or more whole bytes that holds the values of one."""
     bits, signed = DTYPES[dtype]
-    return dtype if bits >= 8 else "int8" if signed else "uint8"
+    size = next(n for n in (8, 16, 32) if n >= bits)
+    return f"int{size}" if signed else f"uint{size}"
 
 
 def limits(dtype: str) -> tuple[int, int]:
@@ -199,6 +190,11 @@ class Encoding:
         return np.dtype(in_bytes(self.dtype))
 
     @property
+    def fills_storage(self) -> bool:
+        """Whether the type that holds the integers has no others."""
+        return in_bytes(self.dtype) == self.dtype
+
+    @property
     def bits(self) -> int:
         """Bits of one value."""
         return DTYPES[self.dtype][0]
@@ -276,11 +272,13 @@ class Encodings(MutableMapping[str, Encoding]):
         tensors: Encoding of each activation and weight that is to be written in integers.
         float_nodes: Name of each node that stays in float -> the reason.
         derived: Tensors that passes made after calibration, as they will again: not worth saving.
+        float_tensors: Tensors that a file says are written in a floating-point type -> the type.
     """
 
     tensors: dict[str, Encoding] = field(default_factory=dict)
     float_nodes: dict[str, str] = field(default_factory=dict)
     derived: set[str] = field(default_factory=set)
+    float_tensors: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Encoding:
         return self.tensors[name]
@@ -301,11 +299,14 @@ class Encodings(MutableMapping[str, Encoding]):
     def opset(self) -> int:
         """The least operator set that can write them: 21 for blocks and 16 bits, else 13."""
         known = self.tensors.values()
-        return 21 if any(e.block or e.bits == 16 for e in known) else 13
+        return 21 if any(e.block or e.storage.itemsize == 2 for e in known) else 13
 
     def copy(self) -> Encodings:
         """An independent copy; encodings themselves are immutable."""
-        return Encodings(dict(self.tensors), dict(self.float_nodes), set(self.derived))
+        return Encodings(
+            *(dict(self.tensors), dict(self.float_nodes), set(self.derived)),
+            dict(self.float_tensors),
+        )
 
     def derive(self, name: str, encoding: Encoding) -> None:
         """Give an encoding to a tensor that the model did not have when it was calibrated."""

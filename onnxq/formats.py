@@ -11,18 +11,19 @@ from onnxq import ops
 from onnxq.encoding import Format
 from onnxq.errors import RecipeError
 from onnxq.model import Model
-from onnxq.placement import match_nodes
+from onnxq.placement import Ends, Placement, fits, match_nodes
 
-__all__ = ["LayerFormat"]
+__all__ = ["WORDS", "LayerFormat"]
 
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """A number format for the weights of some of the layers.
+    """A number format for the weights, or the results, of some of the layers.
 
     Args:
-        selector: A glob on node names and operator types, or ``first``, ``last`` or ``depthwise``.
-        format: How their weights are written.
+        selector: A glob on node names and operator types, or ``first``, ``last`` or ``depthwise``;
+            for results also on the names of tensors.
+        format: How they are written.
     """
 
     selector: str
@@ -74,6 +75,33 @@ class LayerFormat:
                 fix=f"name nodes of type {', '.join(ops.LAYERS)}",
             )
         return layers
+
+    def activations(self, model: Model, placement: Placement) -> set[str]:
+        """Names of the activations that are meant: tensors, or what the nodes meant put out.
+
+        Raises:
+            RecipeError: None of them is in integers; near misses are named.
+        """
+        found = {t for t in placement.tensors if fits(t, self.selector)}
+        ends = Ends(model, placement.float_nodes)
+        if self.selector in _WORDS:
+            nodes = _WORDS[self.selector](model)
+        else:
+            words = (*_WORDS, *placement.tensors)
+            nodes = set() if found else match_nodes(model, (self.selector,), words)
+        for node in model.graph.nodes:
+            if node.name in nodes:
+                kernel = placement.nodes.get(node.name)
+                for tensor in node.outputs:
+                    end = tensor if kernel is None else ends.of(tensor, kernel)
+                    found |= {end.name} & {*placement.tensors}
+        if not found and self.selector not in _WORDS:
+            raise RecipeError(
+                f"nothing that {self.selector!r} matches is an activation in integers",
+                where=f"format {self}",
+                fix="name a tensor between integer nodes, or the node that puts it out",
+            )
+        return found
 
 
 def _first(model: Model) -> set[str]:
@@ -130,3 +158,5 @@ _WORDS: dict[str, Callable[[Model], set[str]]] = {
     "last": _last,
     "depthwise": _depthwise,
 }
+
+WORDS = tuple(_WORDS)

@@ -26,6 +26,7 @@ __all__ = [
     "Ends",
     "Placement",
     "data_inputs",
+    "fits",
     "gate_factor",
     "gate_scales",
     "integer_nodes",
@@ -78,7 +79,7 @@ def match_nodes(model: Model, globs: Sequence[str], words: Iterable[str] = ()) -
     names = {n.name: n.op for n in model.graph.nodes}
     found: set[str] = set()
     for glob in globs:
-        hits = {n for n, op in names.items() if _fits(n, glob) or _fits(op, glob)}
+        hits = {n for n, op in names.items() if fits(n, glob) or fits(op, glob)}
         if not hits:
             near = difflib.get_close_matches(glob, [*names, *set(names.values()), *words], 3, 0.5)
             hint = f"near: {', '.join(near)}" if near else "onnxq inspect lists the names"
@@ -87,7 +88,8 @@ def match_nodes(model: Model, globs: Sequence[str], words: Iterable[str] = ()) -
     return found
 
 
-def _fits(name: str, glob: str) -> bool:
+def fits(name: str, glob: str) -> bool:
+    """Whether a name is, or matches, a glob."""
     return name == glob or fnmatch.fnmatchcase(name, glob)
 
 

@@ -72,6 +72,13 @@ class Spool:
         self._whole = True
         return not self.finished
 
+    def keep(self, sample: Any) -> None:
+        """Add a sample behind those of the source, once these are taken."""
+        where = f"sample {self.count}"
+        with self._lock:
+            self._write(_arrays(sample, where), where)
+            self.count += 1
+
     # ---------------------------------------------------------------------- the file
 
     def _write(self, sample: Sample, where: str) -> None:

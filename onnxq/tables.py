@@ -13,12 +13,21 @@ from onnxq.api import Comparison, Inspection
 from onnxq.console import show as _print
 from onnxq.console import table as _table
 from onnxq.deployment import MANIFEST, Deployment
+from onnxq.encoding_files import Differences
 from onnxq.pages import page
 from onnxq.passes import PASSES
 from onnxq.recipe import RECIPES
 from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
 
-__all__ = ["comparison", "deployment", "inspection", "pass_list", "pass_page", "summary"]
+__all__ = [
+    "comparison",
+    "deployment",
+    "differences",
+    "inspection",
+    "pass_list",
+    "pass_page",
+    "summary",
+]
 
 # What the files of a deployed folder are for.
 _PURPOSES = {
@@ -114,6 +123,21 @@ def _latency(found: Latency) -> None:
         f"  median (quartiles) of {found.runs} runs each, in turns, {WARM_UP} before left out;"
         f" {found.provider}, {threads}"
     )
+
+
+def differences(result: Differences) -> None:
+    """Encodings that differ, and those that only one side has."""
+    if result.different:
+        table = _table("tensor", "first", "second", "apart, steps")
+        for found in result.different:
+            table.add_row(found.name, found.first, found.second, f"{found.steps:.3g}")
+        _print(table)
+    for side, names in (("first", result.only_first), ("second", result.only_second)):
+        for name in names[:LISTED]:
+            click.echo(f"only in the {side}: {name}")
+        if len(names) > LISTED:
+            click.echo(f"only in the {side}: {len(names) - LISTED} more, see --json")
+    click.echo(f"{result.equal} encodings are the same, {len(result.different)} differ")
 
 
 def inspection(result: Inspection) -> None:

@@ -92,10 +92,14 @@ class Calibrate:
             target's.
         activations: Format of activations, such as uint8, or float; none: the target's.
         formats: Formats of weights layer by layer, such as "first=int8/channel".
+        activation_formats: Formats of some activations, such as "Softmax=uint16": by the name of
+            the tensor, or as layers are selected, for what they put out.
         method: minmax, moving-average, percentile, entropy (KL divergence, as TensorRT) or mse
             (least expected squared error, as AIMET's tf-enhanced).
         percentile: Share of values inside the range, in percent, for method percentile.
         exclude: Globs on node names and operator types that stay in float.
+        exits: Whether results of convolutions that only float nodes read have scales per "channel",
+            as far as samples tell them, or one per "tensor".
         ranges: Where ranges come from, given samples: "samples", or "batch-norm" wherever that
             tells them.
         weight_only: With float activations, "fused": the weights that the target multiplies as they
@@ -111,9 +115,11 @@ class Calibrate:
     weights: str | None = None
     activations: str | None = None
     formats: tuple[str, ...] = ()
+    activation_formats: tuple[str, ...] = ()
     method: Method = "mse"
     percentile: float = 99.999
     exclude: tuple[str, ...] = ()
+    exits: Literal["channel", "tensor"] = "channel"
     ranges: Literal["samples", "batch-norm"] = "samples"
     weight_only: Literal["fused", "all"] = "fused"
 
@@ -121,7 +127,7 @@ class Calibrate:
         for written in (self.weights, self.activations):
             if written is not None:
                 Format.parse(written)
-        for text in self.formats:
+        for text in (*self.formats, *self.activation_formats):
             LayerFormat.parse(text)
         check_method(self.method, self.percentile)
 
@@ -180,6 +186,8 @@ class Calibrate:
         target.check(self._weights, activations)
         for entry in map(LayerFormat.parse, self.formats):
             target.check(entry.format, activations, f"--format {entry.selector}=")
+        for entry in map(LayerFormat.parse, self.activation_formats):
+            target.check(self._weights, entry.format)
 
     def _weight_formats(self, model: Model, target: Target, changes: Changes) -> dict[str, Format]:
         """Name of each layer -> the format of its weight."""
@@ -391,6 +399,7 @@ class _Activations:
         roots = dict.fromkeys(self.source.values())
         observed = [n for n in roots if n not in joined]
         histogram = step.method in ("percentile", "entropy", "mse")
+        self.formats = self._formats(model)
         self.exits = self._exits()
         self.known: dict[str, Distribution] = {}
         measured = self._statistics(model, ctx, observed, histogram)
@@ -406,6 +415,14 @@ class _Activations:
         if ctx.is_synthetic:  # what is made up for an input has the range that it is meant to have
             self.unseen = {n for n in roots if n not in model.inputs and not self._is_derived(n)}
         self.scores = class_scores(model, self.statistics, self.unseen)
+
+    def _formats(self, model: Model) -> dict[str, Format]:
+        """The formats of the tensors that have one of their own; of moved data, the source's."""
+        found = {}
+        for entry in map(LayerFormat.parse, self.step.activation_formats):
+            for name in entry.activations(model, self.placement):
+                found[self.source[name]] = entry.format
+        return found
 
     def _is_derived(self, name: str) -> bool:
         """Whether batch normalization tells the range, of a Concat that of each input."""
@@ -451,11 +468,16 @@ class _Activations:
 
     def _exits(self) -> list[str]:
         """Results of convolutions that may have a range per channel."""
+        if self.step.exits == "tensor":
+            return []
         # onnxruntime on x64 makes int8 uint8, not per channel
         if self.format.dtype != "uint8" or not self.target.cpu:
             return []
         free = (0.0, np.inf)
-        return [n for n in self.placement.exits if self.placement.bounds.get(n, free) == free]
+        bounds = self.placement.bounds
+        return [
+            n for n in self.placement.exits if bounds.get(n, free) == free and n not in self.formats
+        ]
 
     def _fixed(self, model: Model) -> dict[str, Encoding]:
         """Results whose scale and zero point the target gives."""
@@ -481,6 +503,7 @@ class _Activations:
         if name in self.fixed:
             return self.fixed[name]
         low, high = self._range(name)
+        dtype = self.formats.get(name, self.format).dtype
         if name in self.unseen:
             tensor = self.tensors[name]
             low, high = widened(tensor, low, high, is_score=name in self.scores)
@@ -488,11 +511,11 @@ class _Activations:
         if bounds is not None:
             low, high = max(low, bounds[0]), min(high, bounds[1])
         if bounds is None or self.target.symmetric:  # then the Relu or Clip does its work itself
-            return Encoding.of_range(low, high, self.format.dtype, symmetric=self.target.symmetric)
-        return Encoding.of_range(low, high, self.format.dtype).within(*bounds)
+            return Encoding.of_range(low, high, dtype, symmetric=self.target.symmetric)
+        return Encoding.of_range(low, high, dtype).within(*bounds)
 
     def _range(self, name: str) -> tuple[float, float]:
-        known = self.statistics[name]
+        known, bits = self.statistics[name], self.formats.get(name, self.format).bits
         if name in self.inputs:
             return self.inputs[name]
         gate = self.gates.get(name)
@@ -500,8 +523,8 @@ class _Activations:
             width = 2.0**known.exponent
             centres = (known.offset + np.arange(len(known.bins)) + 0.5) * width
             low, high = min(known.minimum, 0.0), max(known.maximum, 0.0)
-            return gate_range(centres, known.bins, low, high, gate, 1 << self.format.bits)
-        return known.range(self.step.method, bits=self.format.bits, percentile=self.step.percentile)
+            return gate_range(centres, known.bins, low, high, gate, 1 << bits)
+        return known.range(self.step.method, bits=bits, percentile=self.step.percentile)
 
     def _input_ranges(self, model: Model, ctx: Context) -> dict[str, tuple[float, float]]:
         """Ranges of the model's inputs of least error relative to each sample's power.
@@ -524,16 +547,17 @@ class _Activations:
                 seen = moments(feed[name])
                 if seen.squares > 0 and not seen.strange:
                     total += tally(feed[name], edges[name]) / seen.squares
+        levels = {n: 1 << self.formats.get(n, self.format).bits for n in edges}
         return {
-            n: gate_range(
-                (e[1:] + e[:-1]) / 2, weights[n], e[0], e[-1], _same, 1 << self.format.bits
-            )
+            n: gate_range((e[1:] + e[:-1]) / 2, weights[n], e[0], e[-1], _same, levels[n])
             for n, e in edges.items()
             if weights[n].any()
         }
 
     def _may_share(self, name: str, own: Encoding, joint: Encoding) -> bool:
         """Whether a Concat input may take the encoding of the result."""
+        if own.dtype != joint.dtype:
+            return False
         bounds = None if self.target.symmetric else self.placement.bounds.get(name)
         if bounds is not None and (joint.low < bounds[0] or joint.high > bounds[1]):
             return False

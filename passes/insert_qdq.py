@@ -25,6 +25,7 @@ from onnxq.placement import (
 from onnxq.row_blocks import split_rows
 from onnxq.targets import Kernel, Storage, Target
 from onnxq.weight_only import weight_only, write
+from onnxq.widths import saturate
 
 __all__ = ["InsertQDQ"]
 
@@ -80,7 +81,10 @@ class InsertQDQ:
 
             W: int4 -> Cast(int8) -> DQ -> Conv
 
-    12. A weight that has an encoding, while its layer's input has none, is all that is written: the
+    12. Activations of other widths than 8 and 16 bits, for which no runtime has kernels, lie in the
+        next wider type, with a Clip that keeps them within their own limits.
+
+    13. A weight that has an encoding, while its layer's input has none, is all that is written: the
         runtime multiplies it by floats.  A Gemm's weight is turned to K x N for that::
 
             W: int4 -> DQ(block_size) -> MatMul, Gemm
@@ -88,7 +92,7 @@ class InsertQDQ:
         A Relu after it becomes a LeakyRelu of slope 0, a Clip becomes Max and Min: onnxruntime
         fuses no weight before a Relu or Clip.
 
-    13. Where a convolution steps along one row, as of sound, and reads parts of it that are joined,
+    14. Where a convolution steps along one row, as of sound, and reads parts of it that are joined,
         as those of residual-input, neighbours become channels.  These are the same sums in the
         order that integer kernels want, channels last, so nothing is transposed.  It takes b >= 8
         that divides L and the stride, no padding, and a kernel of about whole blocks::
@@ -348,8 +352,8 @@ class _Writer:
         for tensor, everyone in written_activations(self.model, self.kernels).values():
             self._pair(tensor, everyone=everyone)
         for node in self.nodes:
-            if self.kernels[id(node)].bare:
-                self._pad(node)
+            if self.kernels[id(node)].bare and self.model.encodings[node.outputs[0].name].bits <= 8:
+                self._pad(node)  # onnxruntime pads no integers of 16 bits
 
     def _pair(self, tensor: gs.Tensor, *, everyone: bool) -> None:
         """Q after the tensor, DQ for its readers: all of them, or the integer ones."""
@@ -363,21 +367,28 @@ class _Writer:
         if encoding.axis is not None:  # the layer gives integers already, see _scaled
             unit = np.ones((), np.float32), np.zeros((), np.int32)
             q_grid = self._grid(f"{tensor.name}_unit", Encoding(encoding.dtype, *unit))
-        elif scales is not None and not everyone and len(readers) == len(consumers(tensor)):
+        elif (
+            scales is not None
+            and encoding.fills_storage
+            and not everyone
+            and len(readers) == len(consumers(tensor))
+        ):
             raw, q_axis = tensor.inputs[0].inputs[0], 1
             self._flat.add(tensor.name)
             zero = np.broadcast_to(encoding.zero_point, scales.shape)
             finer = Encoding(encoding.dtype, encoding.scale / scales, zero, 1)
             q_grid = self._grid(f"{tensor.name}_evened", finer)
         integers = self.model.variable(
-            f"{tensor.name}_QuantizeLinear_Output", np.dtype(encoding.dtype), tensor.shape
+            f"{tensor.name}_QuantizeLinear_Output", encoding.storage, tensor.shape
         )
         parts = [] if everyone else self._parts(tensor, encoding)
         if parts:
             attrs = tensor.inputs[0].attrs
             self._add("Concat", f"{tensor.name}_quantized", parts, integers, dict(attrs))
         else:
-            self._convert("QuantizeLinear", tensor.name, [raw, *q_grid], integers, q_axis)
+            raw, made, clip = saturate(self.model, tensor.name, raw, integers, encoding)
+            self.added += clip
+            self._convert("QuantizeLinear", tensor.name, [raw, *q_grid], made, q_axis)
         self._integers[tensor.name] = integers
         self._give(tensor, integers, grid, readers, encoding.axis, output=output)
 
@@ -406,7 +417,7 @@ class _Writer:
     def _parts(self, tensor: gs.Tensor, encoding: Encoding) -> list[gs.Tensor]:
         """The integers of each part of a float Concat; none if no part is on the grid already."""
         node = producer(tensor)
-        if node is None or node.op != "Concat":
+        if node is None or node.op != "Concat" or not encoding.fills_storage:
             return []
         known = [self._on_grid(producer(t), encoding) for t in node.inputs]
         if all(k is None for k in known):
@@ -430,7 +441,7 @@ class _Writer:
         """Q of a part; a power of two that it is multiplied by goes into the scale."""
         source, factor = _unmagnified(self.model, tensor)
         finer = Encoding(encoding.dtype, encoding.scale / factor, encoding.zero_point)
-        name, dtype = f"{tensor.name}_part", np.dtype(encoding.dtype)
+        name, dtype = f"{tensor.name}_part", encoding.storage
         integers = self.model.variable(f"{name}_QuantizeLinear_Output", dtype, tensor.shape)
         self._add("QuantizeLinear", name, [source, *self._grid(name, finer)], integers)
         return integers
@@ -454,7 +465,7 @@ class _Writer:
             node.inputs.append(gs.Variable.empty())
         node.inputs[2] = zero
         readers = consumers(result)
-        padded = self.model.variable(f"{result.name}_quantized", np.dtype(encoding.dtype))
+        padded = self.model.variable(f"{result.name}_quantized", encoding.storage)
         padded.shape = result.shape
         node.outputs[0] = padded
         self._integers[result.name] = padded

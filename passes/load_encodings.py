@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-import onnx_graphsurgeon as gs
-
-from onnxq import encodings_json, ops
-from onnxq.encoding import Encoding, Encodings
-from onnxq.errors import RecipeError, did_you_mean
-from onnxq.model import Model, producer
+from onnxq import encodings_json
+from onnxq.biases import guard_bias, written_bias
+from onnxq.fitting import channels, fit, lacking, unused
+from onnxq.model import Model
 from onnxq.pass_manager import Changes, Context
-from onnxq.targets import Target
+from onnxq.placement import Ends, match_nodes
+from onnxq.targets import Kernel
 
 __all__ = ["LoadEncodings"]
 
@@ -25,86 +24,61 @@ class LoadEncodings:
 
         encodings: anything          encodings: those of the file
 
+    The file is one of AIMET's, of version 0.6.1, 1.0.0 or 2.0.0, or the TensorQuantOverrides of
+    onnxruntime.  Biases follow from inputs and weights, moved data from their source.
+
     Refused: a file that names tensors or nodes which the model does not have, types that the target
-    has no kernels for, and scales per channel that do not fit the tensor.
+    has no kernels for, and scales per channel that do not fit the tensor.  Left in float: nodes of
+    which a tensor has no encoding.  Weight scales at which the int32 bias would overflow are
+    raised, and named.
 
     Args:
         path: An encodings file, as `onnxq quantize --save-encodings` writes it.
+        exclude: Globs on node names and operator types that stay in float.
+        missing: What becomes of tensors that the file leaves out: "float", or "keep" the encodings
+            that they have already, as of a pass calibrate before.
     """
 
     name: ClassVar[str] = "load-encodings"
 
     path: str
+    exclude: tuple[str, ...] = ()
+    missing: Literal["float", "keep"] = "float"
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Read the file into `model.encodings`."""
         changes = Changes()
         model.raise_opset(13)
-        encodings = encodings_json.load(self.path)
-        _copy_shared(model, encodings)
-        known = [*model.tensors()]
-        nodes = [n.name for n in model.graph.nodes]
-        for name, names, kind in (
-            *((n, known, "tensor") for n in encodings),
-            *((n, nodes, "node") for n in encodings.float_nodes),
-        ):
-            if name not in set(names):
-                raise RecipeError(
-                    f"the model has no {kind} {name!r}",
-                    where=self.path,
-                    fix=did_you_mean(name, names, "use the encodings of this model"),
-                )
-        tensors = model.tensors()
-        for name, encoding in encodings.items():
-            if (why := _misfit(tensors[name], encoding, ctx.target)) is not None:
-                raise RecipeError(
-                    f"{name}: {why}", where=self.path, fix="use the encodings of this model"
-                )
-        model.encodings = encodings
+        given = encodings_json.load(self.path, channels(model))
+        encodings, notes = fit(model, given, ctx.target, self.path)
+        encodings.float_nodes |= dict.fromkeys(match_nodes(model, self.exclude), "excluded")
         changes.add(f"{len(encodings)} encodings from {self.path}")
+        if self.missing == "keep":
+            kept = {n: e for n, e in model.encodings.items() if n not in encodings}
+            encodings.replace(kept)
+            encodings.float_nodes = model.encodings.float_nodes | encodings.float_nodes
+            changes.add(f"{len(kept)} encodings that the file leaves out kept")
+        model.encodings = encodings
+        _guard_biases(model, changes)
+        for note in notes:
+            changes.skip("encodings", note)
+        for node, why in lacking(model, ctx.target):
+            changes.skip(node, why)
+        for tensor in unused(model, ctx.target):
+            changes.skip(tensor, "nothing in integers reads or writes it")
         return changes
 
 
-def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None:
-    """What keeps a tensor from being written so; None if nothing does."""
-    types = set(target.activations)
-    if isinstance(tensor, gs.Constant):
-        types.update(*map(target.weight_types, ("float", *target.activations)))
-    if encoding.dtype not in types:
-        return f"{target.name} has no integer kernels for {encoding.dtype}"
-    axis, shape = encoding.axis, tensor.shape
-    if axis is None:
-        return None
-    if not isinstance(tensor, gs.Constant):
-        before = producer(tensor)
-        if before is not None and before.op in ops.ACTIVATIONS:
-            before = producer(before.inputs[0])
-        if before is None or before.op != "Conv":
-            return "only the result of a Conv can have scales per channel"
-    if shape is None:
-        return None
-    if not -len(shape) <= axis < len(shape):
-        return f"it has no axis {axis}"
-    size = shape[axis]
-    if encoding.block:
-        blocks = [*shape]
-        blocks[axis] //= encoding.block
-        if not isinstance(tensor, gs.Constant) or len(shape) != 2:
-            return "only a constant matrix can have scales per block"
-        if size % encoding.block or tuple(blocks) != encoding.scale.shape:
-            of = "x".join(map(str, encoding.scale.shape))
-            return f"{of} scales for blocks of {encoding.block} along axis {axis} of {shape}"
-        return None
-    if isinstance(size, int) and size != encoding.scale.size:
-        return f"{encoding.scale.size} scales for {size} channels along axis {axis}"
-    return None
-
-
-def _copy_shared(model: Model, encodings: Encodings) -> None:
-    """Give nodes the copies of shared constants that calibrate made, by the names it gave them."""
-    known = model.tensors()
-    for node in model.graph.nodes:
-        for index, tensor in enumerate(node.inputs):
-            name = f"{tensor.name}.{node.name}"
-            if isinstance(tensor, gs.Constant) and name in encodings and name not in known:
-                node.inputs[index] = model.constant(name, model.array(tensor))
+def _guard_biases(model: Model, changes: Changes) -> None:
+    """Raise weight scales until the int32 biases do not overflow."""
+    known = model.encodings
+    ends = Ends(model, known.float_nodes)
+    for layer in model.layers():
+        weight, x = layer.weight_encoding, known.get(layer.x.name)
+        if weight is None or x is None or layer.bias is None or x.axis is not None:
+            continue
+        kernel = Kernel("layer")
+        raised = guard_bias(weight, written_bias(layer, ends.of(layer.y, kernel)), float(x.scale))
+        if raised != weight:
+            known[layer.weight_tensor.name] = raised
+            changes.skip(layer.name, "a scale of its weight is raised: the int32 bias overflows")

@@ -248,6 +248,13 @@ def encodings(**entry):
     return json.dumps({"version": "2.0.0", "encodings": [fields]})
 
 
+def old_encodings(version="1.0.0", **entry):
+    fields = {"name": "stem/conv.weight", "dtype": "INT", "enc_type": "PER_CHANNEL", "bw": 8}
+    fields |= {"is_sym": True, "scale": [0.1] * 16, "offset": [-128] * 16, **entry}
+    sections = {"activation_encodings": [], "param_encodings": [fields]}
+    return json.dumps({"version": version, **sections})
+
+
 def recipe(**options):
     lines = "".join(f"{key} = {value!r}\n" for key, value in options.items())
     return f'[[pass]]\nname = "calibrate"\n{lines}'
@@ -604,6 +611,30 @@ OPTIONS = {
     "encodings without kernels": (
         digits("--encodings", "{}/e.json", e_json=encodings(output_dtype="int16")),
         ["stem/conv.weight: ort-cpu has no integer kernels for int16", "e.json"],
+    ),
+    "encodings of no version": (
+        digits("--encodings", "{}/e.json", e_json=old_encodings("4.0.0")),
+        ["encodings of version '4.0.0', wanted 0.6.1, 1.0.0, 2.0.0", "e.json"],
+    ),
+    "encodings in the layout of another version": (
+        digits("--encodings", "{}/e.json", e_json=old_encodings("0.6.1")),
+        ["activation_encodings: wanted an object of entries by name in version 0.6.1", "e.json"],
+    ),
+    "encodings in two layouts": (
+        digits("--encodings", "{}/e.json", e_json=old_encodings(y_scale=[0.1])),
+        ["'y_scale' is no key of version 1.0.0", "stem/conv.weight", "all in one version"],
+    ),
+    "encodings without a number": (
+        digits("--encodings", "{}/e.json", e_json=old_encodings(scale=[float("nan")] * 16)),
+        ["scale: wanted a finite float32 above 0, got nan", "stem/conv.weight"],
+    ),
+    "encodings of fewer scales than offsets": (
+        digits("--encodings", "{}/e.json", e_json=old_encodings(scale=[0.1] * 15)),
+        ["-offset has 16 values, the scale has 15", "stem/conv.weight"],
+    ),
+    "older encodings of other channels": (
+        digits("--encodings", "{}/e.json", e_json=old_encodings(scale=[1] * 3, offset=[0] * 3)),
+        ["stem/conv.weight: 3 scales for 16 channels along axis 0", "e.json"],
     ),
     "statistics that are none": (
         digits("--statistics", "{}/s.npz", s_npz="hello"),

@@ -17,16 +17,17 @@ MODEL, CALIB = (ROOT / "examples" / "digits" / name for name in ("digits.onnx", 
 def scripts(monkeypatch, tmp_path):
     """The benchmarks as modules, found as they find one another; results go to tmp_path."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    names = ("_zoo", "adaround", "calibration", "latency")
+    names = ("_zoo", "adaround", "calibration", "latency", "simulation")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import _zoo
     import adaround
     import calibration
     import latency
+    import simulation
 
     monkeypatch.setattr(_zoo, "OUT", tmp_path)
-    modules = (_zoo, adaround, calibration, latency)
+    modules = (_zoo, adaround, calibration, latency, simulation)
     yield {module.__name__: module for module in modules}
     for name in names:
         del sys.modules[name]
@@ -197,3 +198,25 @@ def test_without_the_zoo_a_benchmark_says_so_and_make_goes_on(scripts, monkeypat
         assert "set ONNXQ_ZOO" in capsys.readouterr().err
     bench = re.search(r"^bench:.*(?:\n\t.*)+", (ROOT / "Makefile").read_text(), re.MULTILINE)[0]
     assert f"[ $$? = {scripts['_zoo'].SKIPPED} ]" in bench
+
+
+def test_simulation(scripts, tmp_path, capsys):
+    scripts["simulation"].main([str(MODEL), "--calib", str(CALIB), "--quick"])
+    (row,) = json.loads((tmp_path / "simulation.json").read_text())
+    assert [*row["ms"]][:4] == ["float", "integers", "exact", "fast"]
+    cells = rows(capsys.readouterr().out)["digits"]
+    for cell, name in zip(cells[5:7], ("exact", "fast"), strict=True):
+        assert float(cell) == pytest.approx(row["ms"][name][0] / row["ms"]["float"][0], abs=0.006)
+
+
+def test_what_an_exchange_of_encodings_tells(scripts):
+    ms = {name: [1.0, 2.0, 3.0] for name in ("float", "integers", "exact", "fast")}
+    found = {"ours": 5, "theirs": 4, "both": 3, "apart": 0.25}
+    with_theirs = {"model": "m", "ms": {**ms, "aimet-onnx": [8.0, 9.0, 10.0]}}
+    text = scripts["simulation"].table([{**with_theirs, "exchange": {"there": found}}])
+    assert rows(text)["m"][-2:] == ["8.00", "8.00"]
+    assert "our encodings there: 3 tensors matched, of 5 here and 4 there" in text
+    assert "within 2.5e-01 steps" in text
+    alone = scripts["simulation"].table([{"model": "m", "ms": ms, "exchange": None}])
+    assert rows(alone)["m"][4] == "not installed"
+    assert rows(alone)["m"][-2:] == ["", ""]

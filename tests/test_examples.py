@@ -98,6 +98,20 @@ def test_every_run_gives_the_same_bytes(demo, tmp_path):
     assert len(digests) == 1
 
 
+def test_the_flow_of_aimet(score, tmp_path):
+    done = run("simulate.py", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = [float(n) for n in re.findall(r"([\d.]+) % right", done.stdout)]
+    exact, eight, integers, four, four_integers, three = said
+    assert abs(exact - eight) <= 0.6
+    assert (eight, four) == pytest.approx((integers, four_integers), abs=0.4)
+    assert exact >= four > three
+    assert "int3 weights, int4 activations" in done.stdout
+    assert len([*tmp_path.glob("*.encodings")]) == 3
+    for file in tmp_path.glob("*.onnx"):
+        onnx.checker.check_model(file, full_check=True)
+
+
 def sha256(file):
     return hashlib.sha256(file.read_bytes()).hexdigest()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
 from onnxq.errors import OnnxqError, PassError
 
-__all__ = ["Command", "Group"]
+__all__ = ["Command", "Group", "verbs"]
 
 
 class Command(click.Command):
@@ -41,6 +42,14 @@ class Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; no file was left half-written", err=True)
             ctx.exit(130)
+
+
+def verbs(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    """Every verb of a group, and those of groups in it, by full name."""
+    for name, command in group.commands.items():
+        yield f"{prefix}{name}", command
+        if isinstance(command, click.Group):
+            yield from verbs(command, f"{prefix}{name} ")
 
 
 def _kept(text: str) -> str:

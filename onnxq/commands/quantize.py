@@ -51,7 +51,7 @@ __all__ = ["quantize"]
     metavar="FMT",
     show_default="int8/channel, or the recipe's",
     help="Number format of weights: int8, int7 (for CPUs without VNNI, where int8 may overflow),"
-    " int4, int3 or int2, or uint8 to uint2, with a scale per output channel, as in int8/channel,"
+    " and so on to int2, or uint8 to uint2, with a scale per output channel, as in int8/channel,"
     " or one in all, as in int8/tensor. 4 bits and fewer take half a byte in the file and run as"
     " int8. With float activations also a scale per block, as in int4/block=32.",
 )
@@ -91,8 +91,10 @@ __all__ = ["quantize"]
     "--encodings",
     type=FILE,
     metavar="FILE",
-    help="Take scales and zero points from this JSON file instead of choosing them. Without"
-    " --calib, this needs a recipe that reads no samples, such as minmax.",
+    help="Take number formats, scales and zero points from this JSON file instead of choosing them:"
+    " AIMET's, or onnxruntime's TensorQuantOverrides. --exclude goes with it, options that choose"
+    " formats or ranges do not. Without --calib, this needs a recipe that reads no samples, such as"
+    " minmax.",
 )
 @click.option(
     "--save-encodings",
@@ -139,6 +141,12 @@ def quantize(
         )
     if calib is not None and given["data_free"]:
         raise click.UsageError("--calib and --data-free exclude one another")
+    chosen = [f"--{n}" for n in ("weights", "activations", "method") if given[n] is not None]
+    chosen += ["--format"] if given["formats"] else []
+    if given["encodings"] is not None and chosen:
+        raise click.UsageError(
+            f"{chosen[0]} would choose what --encodings says already: leave out one of them"
+        )
     from onnxq import api, encodings_json
 
     made = (destination, save_encodings, json_file, given["statistics"], given["report"])

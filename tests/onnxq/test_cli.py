@@ -135,7 +135,7 @@ def test_inspect_and_passes(tmp_path):
         ({"calib": "missing"}, "no such file or folder"),
         ({"out": "nowhere/out.onnx"}, "no such folder"),
         ({"extra": ["--exclude", "Cnov"]}, "matches no node"),
-        ({"extra": ["--weights", "int9"]}, "no number format"),
+        ({"extra": ["--weights", "int17"]}, "no number format"),
         ({"extra": ["--format", "first"]}, "'first' is not SELECTOR=FORMAT; write first, last"),
         ({"extra": ["--format", "last=int16"]}, "use --format last=int8"),
         ({"extra": ["--weights", "int16/channel"]}, "no integer kernels"),

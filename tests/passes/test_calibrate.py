@@ -13,6 +13,7 @@ from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
 from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
 from onnxq.passes.calibrate import ZERO_WEIGHT
+from onnxq.targets import target_named
 from tests import models
 from tests.checks import reasons, run
 from tests.models import parse
@@ -973,3 +974,55 @@ def test_a_channel_before_a_gate_in_float_spends_no_steps_where_the_gate_is_flat
     assert np.abs(gate(np.linspace(-60, low[0], 1000))).max() <= scale[0] * 0.51 + 1e-6
     assert low[2] == pytest.approx(-0.6 - 0.5 * 0.64, rel=0.02)  # the gate is not flat there
     np.testing.assert_allclose((low + 255 * scale)[:2], 4, rtol=0.05)
+
+
+def test_some_activations_have_a_format_of_their_own():
+    proto = parse(
+        "g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w, float[5,4,1,1] v>"
+        "{ a = Conv(x, w) r = Relu(a) p = MaxPool<kernel_shape=[2,2]>(r) y = Conv(p, v) }"
+    )
+    feeds = [models.feeds(proto, seed=s) for s in range(4)]
+    found = {}
+    for entry in ("x=uint5", "p=uint5", "Conv_0=uint5", "first=uint5", "Conv=uint5", "last=int12"):
+        model = load(proto)
+        step = Calibrate(activation_formats=(entry,), method="minmax", exits="tensor")
+        step.apply(model, Context(feeds, target=target_named("ort-cpu").any_width))
+        types = {n: e.dtype for n, e in model.encodings.items() if n not in ("w", "v")}
+        found[entry] = sorted(n for n, t in types.items() if t != "uint8")
+        for name in found[entry]:
+            low, high = model.encodings[name].low, model.encodings[name].high
+            plain = load(proto)
+            Calibrate(method="minmax", exits="tensor").apply(plain, Context(feeds))
+            step_of = float(max(m.encodings[name].scale for m in (model, plain)))
+            assert abs(low - plain.encodings[name].low) <= step_of
+            assert abs(high - plain.encodings[name].high) <= step_of
+    assert found == {
+        "x=uint5": ["x"],
+        "p=uint5": ["p", "r"],
+        "Conv_0=uint5": ["p", "r"],
+        "first=uint5": ["p", "r"],
+        "Conv=uint5": ["p", "r", "y"],
+        "last=int12": ["y"],
+    }
+
+
+def test_activation_formats_that_the_target_does_not_know():
+    step = Calibrate(activation_formats=("x=uint5",))
+    proto = parse("g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w> { y = Conv(x, w) }")
+    with pytest.raises(TargetError, match="computes in uint8 or int8, not uint5"):
+        step.apply(load(proto), Context([models.feeds(proto)]))
+    with pytest.raises(RecipeError, match="nothing that 'Conv' matches"):
+        Calibrate(activation_formats=("Conv=uint8",), exclude=("Conv",)).apply(
+            load(proto), Context([models.feeds(proto)])
+        )
+
+
+def test_results_may_have_one_scale():
+    proto = parse("g (float[N,3,8,8] x) => (float[] y) <float[4,3,3,3] w> { y = Conv(x, w) }")
+    feeds = [models.feeds(proto, seed=s) for s in range(8)]
+    axes = {}
+    for exits in ("channel", "tensor"):
+        model = load(proto)
+        Calibrate(exits=exits).apply(model, Context(feeds))
+        axes[exits] = model.encodings["y"].axis
+    assert axes == {"channel": 1, "tensor": None}

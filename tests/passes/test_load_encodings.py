@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from onnxq import encodings_json
+from onnxq.encoding import Encoding
 from onnxq.errors import OnnxqError, RecipeError
 from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
@@ -111,3 +112,56 @@ def test_broken_files(saved, content):
 def test_a_missing_file(tmp_path):
     with pytest.raises(OnnxqError, match=r"none\.json"):
         LoadEncodings(path=str(tmp_path / "none.json")).apply(load(parse(TEXT)), Context())
+
+
+def test_excluded_nodes_stay_in_float(saved):
+    proto, _, path = saved
+    model = load(proto)
+    last = [n.name for n in model.graph.nodes][-1]
+    changes = LoadEncodings(path=str(path), exclude=(last,)).apply(model, Context())
+    assert model.encodings.float_nodes[last] == "excluded"
+    assert changes
+    InsertQDQ().apply(model, Context())
+    assert sum(layer.weight_encoding is not None for layer in model.layers()) == 0
+    assert [n.op for n in model.graph.nodes if n.name == last] == ["Conv"]
+    assert len(model.layers()) == 1  # its weight is a constant still, the other's is not
+
+
+def test_what_the_file_leaves_out_may_keep_what_it_has(saved):
+    proto, wanted, path = saved
+    text = path.read_text()
+    rest = load(proto)
+    Calibrate(method="minmax").apply(rest, Context([models.feeds(proto, seed=s) for s in range(4)]))
+    before = dict(rest.encodings)
+    kept = encodings_json.loads(text)
+    for name in [*kept][::2]:
+        del kept[name]
+    encodings_json.save(kept, path)
+    LoadEncodings(path=str(path), missing="keep").apply(rest, Context())
+    assert rest.encodings.keys() == wanted.encodings.keys()
+    for name, encoding in rest.encodings.items():
+        assert encoding == (kept if name in kept else before)[name]
+
+
+def test_scales_at_which_a_bias_overflows_are_raised(saved):
+    proto, model, path = saved
+    tiny = Encoding("int8", np.full(4, 1e-9, np.float32), np.zeros(4, np.int32), 0)
+    model.encodings["w"] = tiny
+    encodings_json.save(model.encodings, path)
+    other = load(proto)
+    changes = LoadEncodings(path=str(path)).apply(other, Context())
+    bias, x = other.layers()[0].bias, float(other.encodings["x"].scale)
+    scale = other.encodings["w"].scale
+    assert np.all(np.abs(bias) / (scale * x) <= 2.0**30)
+    assert np.all(scale >= 1e-9)
+    assert any("bias overflows" in skip.why for skip in changes.skipped)
+
+
+@pytest.mark.parametrize("version", encodings_json.OLD)
+def test_older_versions_take_their_axes_from_the_model(saved, version):
+    proto, model, path = saved
+    encodings_json.save(model.encodings, path, version, {"w", "v"})
+    other = load(proto)
+    LoadEncodings(path=str(path)).apply(other, Context())
+    assert dict(other.encodings) == dict(model.encodings)
+    assert other.encodings.float_nodes == model.encodings.float_nodes
