@@ -1,0 +1,1 @@
+"""What a run or an analysis found, as one page that opens offline."""

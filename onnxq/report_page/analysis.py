@@ -1,0 +1,425 @@
+"""The page of an analysis: which layers of a model are fragile, why, and what would help."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from onnxq.analysis.sensitivity import Sensitivity, decibel
+from onnxq.analysis.weight_ranges import ChannelRanges
+from onnxq.findings import (
+    ActivationFindings,
+    Advice,
+    Analysis,
+    Histogram,
+    LayerFindings,
+    Outlier,
+    WeightFindings,
+)
+from onnxq.report import megabytes, millions
+from onnxq.report_page.content import (
+    Chart,
+    Column,
+    Content,
+    Detail,
+    Fragile,
+    Remedy,
+    Series,
+    Table,
+    bars,
+    finite,
+    per_channel,
+    steps_for,
+)
+
+__all__ = ["Curves", "of_analysis"]
+
+# Layer -> what methods of compression cost it: method, share that is kept, relative error.
+Curves = Mapping[str, Sequence[tuple[str, float, float]]]
+
+MOST_FRAGILE = 5
+# Bins that two neighbours share where there are many layers.
+BINS = 64
+
+
+def of_analysis(title: str, analysis: Analysis, curves: Curves | None = None) -> Content:
+    """What the page of an analysis shows.
+
+    Args:
+        title: The model.
+        analysis: What was found.
+        curves: What compression costs each layer, where that is known.
+    """
+    layers = analysis.layers
+    index = {layer.name: i for i, layer in enumerate(layers)}
+    fragile = [
+        Fragile(index[layer.name], _noise(layer), layer.reason, _remedies(layer.advice))
+        for layer in analysis.fragile[:MOST_FRAGILE]
+    ]
+    formats = _formats(layers)
+    steps = steps_for(2 * len(layers))
+    return Content(
+        title=title,
+        lead=_lead(analysis),
+        facts=tuple(_facts(analysis)),
+        names=[layer.name for layer in layers],
+        columns=_columns(analysis),
+        details=[_detail(layer, (curves or {}).get(layer.name, ()), steps) for layer in layers],
+        formats=[f"{written} {part}" for part, written in formats],
+        fragile=fragile,
+        chosen=fragile[0].layer if fragile else 0,
+        charts=tuple(_charts(analysis, formats)),
+        tables=tuple(_tables(analysis)),
+        recipe=analysis.recipe,
+        about_recipe="The passes that led to the model that was looked at.",
+        versions=analysis.versions,
+        notes=analysis.notes,
+    )
+
+
+# ---------------------------------------------------------------------- in sum
+
+
+def _lead(analysis: Analysis) -> str:
+    ranked = f"weights {analysis.weights}, activations {analysis.activations}"
+    found = analysis.fragile
+    if not analysis.layers:
+        return "The model has no layers with constant weights: there is nothing to quantize."
+    if not found:
+        return f"What quantization does to each layer ({ranked}) is not known; the notes say why."
+    worst = found[0]
+    return f"The most fragile layer is {worst.name} ({_noise(worst)}; {ranked}). {worst.reason}"
+
+
+def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
+    yield "bytes", megabytes(int(analysis.model.get("bytes") or 0))
+    layers = analysis.layers
+    macs = [layer.macs for layer in layers if layer.macs is not None]
+    yield "MACs", f"{millions(sum(macs))} a sample" if macs else "not known"
+    yield "parameters", millions(sum(layer.parameters for layer in layers))
+    yield "layers", f"{len(layers):,}"
+    effects = [_ranked(layer, analysis) for layer in layers]
+    known = [e for e in effects if e is not None]
+    if known:
+        unknown = len(effects) - len(known)
+        more = f", {unknown} layers not known" if unknown else ""
+        yield "expected SQNR", f"{decibel(sum(known)):.1f} dB{more}"
+    for name, count in analysis.samples.items():
+        yield f"samples, {name}", f"{count:,}"
+    if analysis.seconds:
+        yield "seconds", f"{sum(analysis.seconds.values()):.1f}"
+
+
+def _tables(analysis: Analysis) -> Iterator[Table]:
+    if analysis.agreement:
+        yield Table(
+            "Expected against measured",
+            ("format", "#layers", "#rank correlation"),
+            [
+                (f"{a.format} {a.part}", f"{a.layers}", _number(a.spearman, "{:.2f}"))
+                for a in analysis.agreement
+            ],
+            about="How alike the expected effects rank the layers as those measured, one layer"
+            " quantized at a time (Spearman): 1 is the same order.",
+        )
+    silent = [t for t in analysis.tensors if t.note]
+    if silent:
+        yield Table(
+            "Tensors without a number",
+            ("tensor", "node", "reason"),
+            [(t.name, t.node, t.note) for t in silent],
+        )
+    operators = analysis.model.get("operators")
+    if isinstance(operators, Mapping):
+        yield Table("Operators", ("operator", "#nodes"), [(o, f"{n}") for o, n in operators.items()])
+    about = [(k, _words(v)) for k, v in analysis.model.items() if k != "operators"]
+    yield Table("Model", ("fact", "value"), about)
+    parts = [(k, f"{v:.2f}") for k, v in analysis.seconds.items()]
+    if parts:
+        yield Table("Time", ("part", "#seconds"), parts)
+
+
+# ---------------------------------------------------------------------- along the graph
+
+
+def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[Chart]:
+    layers = analysis.layers
+    if any(layer.share is not None for layer in layers):
+        yield Chart(
+            "share",
+            "Where the noise comes from",
+            f"What each layer adds to the squared error of the outputs with weights"
+            f" {analysis.weights} and activations {analysis.activations}, in per cent of all. The"
+            f" highest bars are the layers to mend.",
+            "% of the noise",
+            (Series("share of the noise", [_share(layer) for layer in layers], "bar", unit=" %"),),
+        )
+    if formats:
+        first = {
+            next((f for f in formats if f[0] == part), None) for part in ("weights", "activations")
+        }
+        ranked = {("weights", analysis.weights), ("activations", analysis.activations)}
+        shown = ranked & set(formats) or first
+        yield Chart(
+            "formats",
+            "What each format costs",
+            "SQNR at the outputs if this layer alone is written in a format: lower is more"
+            " fragile, 6 dB are one bit. Tick the formats to compare.",
+            "SQNR dB",
+            tuple(
+                Series(
+                    f"{written} {part}",
+                    [_decibel(layer, part, written) for layer in layers],
+                    shown=(part, written) in shown,
+                    unit=" dB",
+                )
+                for part, written in formats
+            ),
+        )
+    if analysis.tensors:
+        index = {layer.name: i for i, layer in enumerate(layers)}
+        yield Chart(
+            "along",
+            "SQNR along the graph",
+            "How far each tensor of the quantized model is from the float one: where the line"
+            " falls, error enters or grows.",
+            "SQNR dB",
+            (
+                Series("as computed", [finite(t.sqnr_db) for t in analysis.tensors], "line"),
+                Series("as written", [finite(t.written_sqnr_db) for t in analysis.tensors]),
+            ),
+            names=[f"{t.name} ({t.op})" if t.op else t.name for t in analysis.tensors],
+            layers=[index.get(t.node, -1) for t in analysis.tensors],
+        )
+    if layers:
+        yield Chart(
+            "cost",
+            "What each layer costs",
+            "In per cent of all layers.",
+            "% of all",
+            tuple(
+                Series(name, _percent(values), "bar", shown=not i, unit=" %")
+                for i, (name, values) in enumerate(
+                    (
+                        ("MACs", [layer.macs for layer in layers]),
+                        ("bytes", [layer.bytes for layer in layers]),
+                        ("bit-operations", [layer.bit_operations for layer in layers]),
+                        ("activation memory", [layer.activation_bytes for layer in layers]),
+                    )
+                )
+                if any(v is not None for v in values)
+            ),
+        )
+
+
+def _columns(analysis: Analysis) -> list[Column]:
+    layers = analysis.layers
+    rank = [layer.fragility for layer in layers]
+    weights, activations = (
+        [_decibel(layer, part, written) for layer in layers]
+        for part, written in (("weights", analysis.weights), ("activations", analysis.activations))
+    )
+    spread = [layer.weights.spread for layer in layers]
+    return [
+        Column("operator", [layer.op for layer in layers], wide=True),
+        _numbers("rank", rank, "{}", "1 is the most fragile"),
+        _numbers("noise %", [_share(layer) for layer in layers], "{:.1f}", "Share of the noise"),
+        _numbers("weights dB", weights, "{:.1f}", f"SQNR with {analysis.weights}"),
+        _numbers("inputs dB", activations, "{:.1f}", f"SQNR with {analysis.activations}"),
+        _numbers("spread", spread, "{:.1f}", "Largest channel over the median one", wide=True),
+        _numbers("MACs", [layer.macs for layer in layers], "{:,}", "A sample", wide=True),
+        _numbers("bytes", [layer.bytes for layer in layers], "{:,}", "Stored in float", wide=True),
+        Column("reason", [_why(layer) for layer in layers], wide=True),
+    ]
+
+
+# ---------------------------------------------------------------------- a layer
+
+
+def _detail(
+    layer: LayerFindings, curves: Sequence[tuple[str, float, float]], steps: int
+) -> Detail:
+    charts: dict[str, Any] = {"before": per_channel(_ranges(layer.weights), steps)}
+    charts["weights"] = _histogram(layer.weights.histogram)
+    read = layer.activation
+    if read is None:
+        why = "what it reads is not known" if layer.executed else "no sample reached this layer"
+        charts["activation"] = {"text": why}
+    else:
+        charts["activation"] = _histogram(read.histogram) | {
+            "clip": [read.clip_low, read.clip_high] if _bounded(read) else None,
+        }
+        if read.channel_low:
+            ranges = ChannelRanges(np.array(read.channel_low), np.array(read.channel_high))
+            charts["channels"] = per_channel(ranges, steps)
+    charts["formats"] = _by_format(layer.sensitivities)
+    if curves:
+        charts["curves"] = _curves(curves)
+    facts = tuple(_layer_facts(layer))
+    return Detail(facts, _why(layer), _remedies(layer.advice), charts)
+
+
+def _layer_facts(layer: LayerFindings) -> Iterator[tuple[str, str]]:
+    yield "operator", layer.op
+    yield "noise", _noise(layer)
+    yield "weight", _shape(layer.weights.shape)
+    if layer.input_shape is not None:
+        yield "reads", _shape(layer.input_shape)
+    if layer.output_shape is not None:
+        yield "gives", _shape(layer.output_shape)
+    yield "parameters", f"{layer.parameters:,}"
+    if layer.macs is not None:
+        yield "MACs a sample", f"{layer.macs:,}"
+    yield "bytes in float", f"{layer.bytes:,}"
+    if layer.gain is not None:
+        yield "gain", f"{layer.gain:.3g}"
+    if layer.weights.outliers:
+        yield "outlier channels of weights", _outliers(layer.weights.outliers)
+    if layer.activation is not None:
+        read = layer.activation
+        yield "reads", f"{read.tensor}, {read.low:.4g} to {read.high:.4g}"
+        yield "clipped", f"{100 * read.clipped:.2g} % of values"
+        yield "zeros", f"{100 * read.zeros:.2g} % of values"
+        if read.outliers:
+            yield "outlier channels of inputs", _outliers(read.outliers)
+
+
+def _ranges(weights: WeightFindings) -> ChannelRanges:
+    low, high = (
+        np.array([finite(v) for v in side], np.float64) for side in (weights.low, weights.high)
+    )
+    return ChannelRanges(low, high)
+
+
+def _histogram(histogram: Histogram | None) -> dict[str, Any]:
+    if histogram is None:
+        return {"text": "holds values that are not finite"}
+    counts = np.array(histogram.counts, np.int64)
+    while counts.size > BINS and counts.size % 2 == 0:
+        counts = counts.reshape(-1, 2).sum(axis=1)
+    return bars(histogram.low, histogram.high, counts.tolist())
+
+
+def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
+    rows = [s for s in sensitivities if s.effect is not None or s.measured is not None]
+    if not rows:
+        return {"text": "; ".join(dict.fromkeys(s.note for s in sensitivities if s.note))}
+    names = [f"{s.format} {s.part}" for s in rows]
+    expected, measured = (
+        [None if v is None else round(v, 2) for v in map(decibel, found)]
+        for found in ([s.effect for s in rows], [s.measured for s in rows])
+    )
+    known = [f"{n} {e:.1f} dB" for n, e in zip(names, expected, strict=True) if e is not None]
+    return {
+        "text": ", ".join(known),
+        "names": names,
+        "expected": expected,
+        "measured": measured,
+    }
+
+
+def _curves(curves: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
+    methods = {method: [] for method, _, _ in curves}  # type: dict[str, list[list[float]]]
+    for method, ratio, error in sorted(curves):
+        if math.isfinite(error):
+            methods[method].append([round(ratio, 4), float(f"{error:.4g}")])
+    return {"text": ", ".join(methods), "methods": methods}
+
+
+# ---------------------------------------------------------------------- words and numbers
+
+
+def _formats(layers: Sequence[LayerFindings]) -> list[tuple[str, str]]:
+    """Every part and format that any layer knows something of, weights first."""
+    found = dict.fromkeys(
+        (s.part, s.format)
+        for layer in layers
+        for s in layer.sensitivities
+        if s.effect is not None or s.measured is not None
+    )
+    return sorted(found, key=lambda pair: pair[0] != "weights")
+
+
+def _ranked(layer: LayerFindings, analysis: Analysis) -> float | None:
+    """What a layer adds in the formats that are ranked; None where that is not known."""
+    pairs = (("weights", analysis.weights), ("activations", analysis.activations))
+    found = [s for s in layer.sensitivities if (s.part, s.format) in pairs]
+    effects = [s.effect for s in found if s.effect is not None]
+    return sum(effects) if effects else None
+
+
+def _decibel(layer: LayerFindings, part: str, written: str) -> float:
+    found = (s for s in layer.sensitivities if (s.part, s.format) == (part, written))
+    wanted = next(found, None)
+    if wanted is None:
+        return math.nan
+    return finite(decibel(wanted.effect if wanted.effect is not None else wanted.measured))
+
+
+def _share(layer: LayerFindings) -> float:
+    return finite(None if layer.share is None else 100 * layer.share)
+
+
+def _noise(layer: LayerFindings) -> str:
+    return "not known" if layer.share is None else f"{100 * layer.share:.1f} % of the noise"
+
+
+def _why(layer: LayerFindings) -> str:
+    unreached = "" if layer.executed else "No sample reached it."
+    return layer.reason or unreached
+
+
+def _remedies(advice: Sequence[Advice]) -> list[Remedy]:
+    return [
+        Remedy(
+            a.text,
+            a.command,
+            "" if a.removes is None else f"takes away {100 * a.removes:.0f} % of all noise",
+        )
+        for a in advice
+    ]
+
+
+def _percent(values: Sequence[int | None]) -> list[float]:
+    total = sum(v or 0 for v in values)
+    return [100 * v / total if v is not None and total else math.nan for v in values]
+
+
+def _numbers(
+    title: str,
+    values: Sequence[float | None],
+    form: str,
+    about: str = "",
+    wide: bool = False,
+) -> Column:
+    keys = [finite(v) for v in values]
+    return Column(title, [_number(v, form) for v in values], keys, about, wide)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else form.format(value)
+
+
+def _bounded(read: ActivationFindings) -> bool:
+    return math.isfinite(read.clip_low) and math.isfinite(read.clip_high)
+
+
+def _outliers(outliers: Sequence[Outlier]) -> str:
+    most = sorted(outliers, key=lambda o: -o.times)[:4]
+    more = f" and {len(outliers) - 4} more" if len(outliers) > 4 else ""
+    return ", ".join(f"{o.channel} ({o.times:.1f} times the median)" for o in most) + more
+
+
+def _shape(shape: Sequence[int]) -> str:
+    return " x ".join(str(n) for n in shape) or "scalar"
+
+
+def _words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
