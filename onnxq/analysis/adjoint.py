@@ -18,6 +18,7 @@ from onnx import helper
 from onnxq import ops
 from onnxq.analysis.derivatives import RULES, movement
 from onnxq.analysis.tape import Tape, seed_name
+from onnxq.frontier import reads
 from onnxq.model import Layer, Model
 from onnxq.runtime import Session
 
@@ -122,7 +123,7 @@ class Adjoint:
     def _reverse(self, tape: Tape, node: onnx.NodeProto) -> list[str | None]:
         """Take gradients from the outputs of a node to its inputs; those that it adds to these."""
         nothing: list[str | None] = [None] * len(node.input)
-        floats = [n for n in node.input if tape.is_float(n)]
+        floats = [n for n in reads(node) if tape.is_float(n)]
         given = [tape.gradient(n) if n else None for n in node.output]
         if cut := next((self._cut[n] for n in node.output if n in self._cut), None):
             self._cut.update(dict.fromkeys(floats, cut))
