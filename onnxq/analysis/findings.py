@@ -178,7 +178,8 @@ class LayerFindings:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; sensitivities as {part: {format: ...}}."""
         plain = dataclasses.asdict(self)
-        plain["sensitivities"] = parts = {"weights": {}, "activations": {}}
+        parts: dict[Part, dict[str, Any]] = {"weights": {}, "activations": {}}
+        plain["sensitivities"] = parts
         for s in self.sensitivities:
             parts[s.part][s.format] = {
                 k: v for k, v in s.to_dict().items() if k not in ("part", "format")
