@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import encodings_json, recipe, report_html
+from onnxq import encodings_json, recipe, report_page
 from onnxq.analysis import cost, error, fusion
 from onnxq.analysis.latency import NO_SPINNING, Latency, pair
 from onnxq.analysis.storage import Storage, storage
@@ -39,7 +39,7 @@ from onnxq.passes import (
 from onnxq.pictures import Preprocess
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
-from onnxq.report import Report, write_text
+from onnxq.report import Report
 from onnxq.runtime import Session, versions
 from onnxq.statistics import Statistics
 from onnxq.synthetic import synthesize
@@ -176,6 +176,8 @@ def run(
     """Run any recipe; the arguments are those of `quantize`."""
     chosen = _recipe(recipe)
     check_outputs([destination, statistics, report], models=[source], others=[calib])
+    if report is not None:
+        report_page.check_installed()
     before = load(source)
     if is_quantized(before):
         raise ModelError(
@@ -229,7 +231,7 @@ def run(
     if report is not None:
         title = before.path.name if before.path is not None else before.graph.name
         text = after.metadata["onnxq.recipe"]
-        write_text(Path(report), report_html.page(title, result, layers, text, seed))
+        report_page.write_run(Path(report), title, result, layers, text, seed)
     return after, result
 
 

@@ -8,9 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.analysis.sensitivity import Sensitivity, decibel
-from onnxq.analysis.weight_ranges import ChannelRanges
-from onnxq.findings import (
+from onnxq.analysis.findings import (
     ActivationFindings,
     Advice,
     Analysis,
@@ -19,6 +17,8 @@ from onnxq.findings import (
     Outlier,
     WeightFindings,
 )
+from onnxq.analysis.sensitivity import Sensitivity, decibel
+from onnxq.analysis.weight_ranges import ChannelRanges
 from onnxq.report import megabytes, millions
 from onnxq.report_page.content import (
     Chart,
@@ -32,7 +32,7 @@ from onnxq.report_page.content import (
     bars,
     finite,
     per_channel,
-    steps_for,
+    points_for,
 )
 
 __all__ = ["Curves", "of_analysis"]
@@ -41,8 +41,6 @@ __all__ = ["Curves", "of_analysis"]
 Curves = Mapping[str, Sequence[tuple[str, float, float]]]
 
 MOST_FRAGILE = 5
-# Bins that two neighbours share where there are many layers.
-BINS = 64
 
 
 def of_analysis(title: str, analysis: Analysis, curves: Curves | None = None) -> Content:
@@ -60,14 +58,14 @@ def of_analysis(title: str, analysis: Analysis, curves: Curves | None = None) ->
         for layer in analysis.fragile[:MOST_FRAGILE]
     ]
     formats = _formats(layers)
-    steps = steps_for(2 * len(layers))
+    points = points_for(len(layers))
     return Content(
         title=title,
         lead=_lead(analysis),
         facts=tuple(_facts(analysis)),
         names=[layer.name for layer in layers],
         columns=_columns(analysis),
-        details=[_detail(layer, (curves or {}).get(layer.name, ()), steps) for layer in layers],
+        details=[_detail(layer, (curves or {}).get(layer.name, ()), points) for layer in layers],
         formats=[f"{written} {part}" for part, written in formats],
         fragile=fragile,
         chosen=fragile[0].layer if fragile else 0,
@@ -134,7 +132,9 @@ def _tables(analysis: Analysis) -> Iterator[Table]:
         )
     operators = analysis.model.get("operators")
     if isinstance(operators, Mapping):
-        yield Table("Operators", ("operator", "#nodes"), [(o, f"{n}") for o, n in operators.items()])
+        yield Table(
+            "Operators", ("operator", "#nodes"), [(o, f"{n}") for o, n in operators.items()]
+        )
     about = [(k, _words(v)) for k, v in analysis.model.items() if k != "operators"]
     yield Table("Model", ("fact", "value"), about)
     parts = [(k, f"{v:.2f}") for k, v in analysis.seconds.items()]
@@ -194,7 +194,14 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
             names=[f"{t.name} ({t.op})" if t.op else t.name for t in analysis.tensors],
             layers=[index.get(t.node, -1) for t in analysis.tensors],
         )
-    if layers:
+    costs: dict[str, list[int | None]] = {
+        "MACs": [layer.macs for layer in layers],
+        "bytes": [layer.bytes for layer in layers],
+        "bit-operations": [layer.bit_operations for layer in layers],
+        "activation memory": [layer.activation_bytes for layer in layers],
+    }
+    known = {name: values for name, values in costs.items() if any(values)}
+    if known:
         yield Chart(
             "cost",
             "What each layer costs",
@@ -202,15 +209,7 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
             "% of all",
             tuple(
                 Series(name, _percent(values), "bar", shown=not i, unit=" %")
-                for i, (name, values) in enumerate(
-                    (
-                        ("MACs", [layer.macs for layer in layers]),
-                        ("bytes", [layer.bytes for layer in layers]),
-                        ("bit-operations", [layer.bit_operations for layer in layers]),
-                        ("activation memory", [layer.activation_bytes for layer in layers]),
-                    )
-                )
-                if any(v is not None for v in values)
+                for i, (name, values) in enumerate(known.items())
             ),
         )
 
@@ -232,7 +231,6 @@ def _columns(analysis: Analysis) -> list[Column]:
         _numbers("spread", spread, "{:.1f}", "Largest channel over the median one", wide=True),
         _numbers("MACs", [layer.macs for layer in layers], "{:,}", "A sample", wide=True),
         _numbers("bytes", [layer.bytes for layer in layers], "{:,}", "Stored in float", wide=True),
-        Column("reason", [_why(layer) for layer in layers], wide=True),
     ]
 
 
@@ -240,21 +238,21 @@ def _columns(analysis: Analysis) -> list[Column]:
 
 
 def _detail(
-    layer: LayerFindings, curves: Sequence[tuple[str, float, float]], steps: int
+    layer: LayerFindings, curves: Sequence[tuple[str, float, float]], points: int
 ) -> Detail:
-    charts: dict[str, Any] = {"before": per_channel(_ranges(layer.weights), steps)}
-    charts["weights"] = _histogram(layer.weights.histogram)
+    charts: dict[str, Any] = {"before": per_channel(_ranges(layer.weights), points)}
+    charts["weights"] = _histogram(layer.weights.histogram, points)
     read = layer.activation
     if read is None:
         why = "what it reads is not known" if layer.executed else "no sample reached this layer"
         charts["activation"] = {"text": why}
     else:
-        charts["activation"] = _histogram(read.histogram) | {
+        charts["activation"] = _histogram(read.histogram, points) | {
             "clip": [read.clip_low, read.clip_high] if _bounded(read) else None,
         }
         if read.channel_low:
             ranges = ChannelRanges(np.array(read.channel_low), np.array(read.channel_high))
-            charts["channels"] = per_channel(ranges, steps)
+            charts["channels"] = per_channel(ranges, points)
     charts["formats"] = _by_format(layer.sensitivities)
     if curves:
         charts["curves"] = _curves(curves)
@@ -266,8 +264,10 @@ def _layer_facts(layer: LayerFindings) -> Iterator[tuple[str, str]]:
     yield "operator", layer.op
     yield "noise", _noise(layer)
     yield "weight", _shape(layer.weights.shape)
-    if layer.input_shape is not None:
-        yield "reads", _shape(layer.input_shape)
+    read = layer.activation
+    if layer.input_shape is not None or read is not None:
+        shape = "" if layer.input_shape is None else _shape(layer.input_shape)
+        yield "reads", ", ".join(p for p in ("" if read is None else read.tensor, shape) if p)
     if layer.output_shape is not None:
         yield "gives", _shape(layer.output_shape)
     yield "parameters", f"{layer.parameters:,}"
@@ -278,9 +278,8 @@ def _layer_facts(layer: LayerFindings) -> Iterator[tuple[str, str]]:
         yield "gain", f"{layer.gain:.3g}"
     if layer.weights.outliers:
         yield "outlier channels of weights", _outliers(layer.weights.outliers)
-    if layer.activation is not None:
-        read = layer.activation
-        yield "reads", f"{read.tensor}, {read.low:.4g} to {read.high:.4g}"
+    if read is not None:
+        yield "values", f"{read.low:.4g} to {read.high:.4g}"
         yield "clipped", f"{100 * read.clipped:.2g} % of values"
         yield "zeros", f"{100 * read.zeros:.2g} % of values"
         if read.outliers:
@@ -294,13 +293,10 @@ def _ranges(weights: WeightFindings) -> ChannelRanges:
     return ChannelRanges(low, high)
 
 
-def _histogram(histogram: Histogram | None) -> dict[str, Any]:
+def _histogram(histogram: Histogram | None, points: int) -> dict[str, Any]:
     if histogram is None:
         return {"text": "holds values that are not finite"}
-    counts = np.array(histogram.counts, np.int64)
-    while counts.size > BINS and counts.size % 2 == 0:
-        counts = counts.reshape(-1, 2).sum(axis=1)
-    return bars(histogram.low, histogram.high, counts.tolist())
+    return bars(histogram.low, histogram.high, histogram.counts, points)
 
 
 def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
@@ -309,7 +305,7 @@ def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
         return {"text": "; ".join(dict.fromkeys(s.note for s in sensitivities if s.note))}
     names = [f"{s.format} {s.part}" for s in rows]
     expected, measured = (
-        [None if v is None else round(v, 2) for v in map(decibel, found)]
+        [None if v is None else round(v, 1) for v in map(decibel, found)]
         for found in ([s.effect for s in rows], [s.measured for s in rows])
     )
     known = [f"{n} {e:.1f} dB" for n, e in zip(names, expected, strict=True) if e is not None]

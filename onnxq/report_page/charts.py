@@ -13,8 +13,18 @@ from typing import Any
 import numpy as np
 from bokeh.core.json_encoder import serialize_json
 from bokeh.document import Document
-from bokeh.models import BoxZoomTool, ColumnDataSource, HoverTool, PanTool, Range1d, ResetTool, Span
-from bokeh.models import WheelZoomTool
+from bokeh.models import (
+    BasicTicker,
+    BoxZoomTool,
+    ColumnDataSource,
+    DataRange1d,
+    HoverTool,
+    PanTool,
+    Range1d,
+    ResetTool,
+    WheelZoomTool,
+)
+from bokeh.models.annotations import Span
 from bokeh.plotting import figure
 
 from onnxq.report_page.content import Chart, Content
@@ -61,17 +71,20 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
     if chart.names is not None:
         source = ColumnDataSource({"name": [plain(n) for n in chart.names]}, name=chart.key)
     count = len(source.data["name"])
-    source.data["x"] = np.arange(count, dtype=np.int32)
+    source.data["x"] = np.arange(1, count + 1, dtype=np.int32)
     place = "tensor" if chart.names is not None else "layer"
+    bars = all(series.mark == "bar" for series in chart.series)
     plot = _figure(
         chart.key,
         x_axis_label=f"{place}, from the inputs to the outputs",
         y_axis_label=chart.unit,
-        x_range=Range1d(-0.7, max(count, 1) - 0.3, bounds=(-1, max(count, 1))),
+        x_range=Range1d(start=0.3, end=max(count, 1) + 0.7, bounds=(0, max(count, 1) + 1)),
+        y_range=DataRange1d(start=0) if bars else DataRange1d(),
         y_axis_type="log" if chart.logarithmic else "linear",
         toolbar_location="above",
         height=260,
     )
+    plot.xaxis.ticker = BasicTicker(min_interval=1)
     plot.add_tools(BoxZoomTool(dimensions="width"), PanTool(dimensions="width"))
     plot.add_tools(WheelZoomTool(dimensions="width"), ResetTool())
     tips = [(place, "@name")]
@@ -79,22 +92,23 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
         column = f"{chart.key}{index}"
         source.data[column] = np.array(series.values, np.float32)
         tips.append((series.label, f"@{column}{{0.0}}{series.unit}"))
-        common = {"source": source, "name": f"{chart.key}-{index}", "tags": [f"series-{index}"]}
+        common: dict[str, Any] = {"source": source, "name": f"{chart.key}-{index}"}
+        mark: Any
         if series.mark == "bar":
-            mark = plot.vbar(x="x", top=column, width=0.8, line_width=0, **common)
+            mark = plot.vbar(x="x", top=column, width=0.8, line_width=int(count > 200), **common)
         elif series.mark == "line":
             mark = plot.line(x="x", y=column, line_width=2, **common)
         else:
             shape = MARKERS[index % len(MARKERS)]
             size = 7 if count <= 200 else 5
             mark = plot.scatter(x="x", y=column, marker=shape, size=size, **common)
-        mark.nonselection_glyph = None
-        mark.selection_glyph = None
+        mark.tags = [f"series-{index}"]
+        # all look alike, chosen or not: a line shows which is
+        mark.selection_glyph = mark.nonselection_glyph = mark.glyph
         mark.visible = series.shown
     # what the tips hang on has a value everywhere, unlike the series
     source.data[f"{chart.key}-tip"] = _highest([s.values for s in chart.series if s.shown])
     hung = plot.scatter(x="x", y=f"{chart.key}-tip", size=1, alpha=0, source=source)
-    hung.nonselection_glyph = None
     plot.add_tools(HoverTool(renderers=[hung], mode="vline", tooltips=tips))
     plot.add_layout(Span(dimension="height", location=0, name="chosen", line_dash="dashed"))
     return plot
@@ -103,7 +117,7 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
 def _highest(series: Sequence[Sequence[float]]) -> np.ndarray:
     values = np.array(series, np.float32)
     values[np.isnan(values)] = -np.inf
-    top = values.max(axis=0, initial=-np.inf)
+    top: np.ndarray = values.max(axis=0, initial=-np.inf)
     known = top[np.isfinite(top)]
     top[~np.isfinite(top)] = known.min() if known.size else 1
     return top
@@ -127,18 +141,21 @@ def _details(content: Content) -> list[figure]:
 
 
 def _ranges(key: str, role: str) -> figure:
-    plot = _figure(f"detail-{key}", x_axis_label="output channel" if key != "channels" else "channel")
-    source = ColumnDataSource({k: [] for k in ("left", "right", "low", "high", "words")}, name=f"detail-{key}")
+    plot = _figure(
+        f"detail-{key}", x_axis_label="output channel" if key != "channels" else "channel"
+    )
+    source = ColumnDataSource(
+        {k: [] for k in ("left", "right", "low", "high", "words")}, name=f"detail-{key}"
+    )
     mark = plot.quad(
         left="left",
         right="right",
         bottom="low",
         top="high",
         source=source,
-        tags=[role],
         line_width=1,
     )
-    plot.y_range = Range1d(-1, 1)
+    mark.tags = [role]
     plot.add_layout(Span(dimension="width", location=0, name="zero"))
     tips = [("channel", "@words"), ("range", "@low{0.0000} to @high{0.0000}")]
     plot.add_tools(HoverTool(renderers=[mark], mode="vline", tooltips=tips))
@@ -148,12 +165,10 @@ def _ranges(key: str, role: str) -> figure:
 def _histogram(key: str, label: str, role: str = "series-0") -> figure:
     plot = _figure(f"detail-{key}", x_axis_label=label, y_axis_label="% of values")
     source = ColumnDataSource({k: [] for k in ("left", "right", "share")}, name=f"detail-{key}")
-    mark = plot.quad(
-        left="left", right="right", bottom=0, top="share", source=source, tags=[role], line_width=1
-    )
+    mark = plot.quad(left="left", right="right", bottom=0, top="share", source=source, line_width=1)
+    mark.tags = [role]
     tips = [(label, "@left{0.0000} to @right{0.0000}"), ("share", "@share{0.000} %")]
     plot.add_tools(HoverTool(renderers=[mark], mode="vline", tooltips=tips))
-    plot.y_range.start = 0
     return plot
 
 
@@ -171,13 +186,13 @@ def _formats(formats: Sequence[str]) -> figure:
         height=70 + 26 * len(formats),
         x_axis_label="SQNR dB",
     )
-    source = ColumnDataSource({k: [] for k in ("names", "expected", "measured")}, name="detail-formats")
-    bar = plot.hbar(
-        y="names", right="expected", height=0.6, source=source, tags=["series-0"], line_width=0
+    source = ColumnDataSource(
+        {k: [] for k in ("names", "expected", "measured")}, name="detail-formats"
     )
-    plot.scatter(
-        x="measured", y="names", size=9, marker="diamond", source=source, tags=["series-1"]
-    )
+    bar = plot.hbar(y="names", right="expected", height=0.6, source=source, line_width=0)
+    bar.tags = ["series-0"]
+    dot = plot.scatter(x="measured", y="names", size=10, marker="diamond", source=source)
+    dot.tags = ["series-1"]
     tips = [("format", "@names"), ("expected", "@expected{0.0} dB")]
     tips.append(("measured", "@measured{0.0} dB"))
     plot.add_tools(HoverTool(renderers=[bar], tooltips=tips))
@@ -187,12 +202,12 @@ def _formats(formats: Sequence[str]) -> figure:
 def _curves() -> figure:
     plot = _figure("detail-curves", x_axis_label="share of MACs that is kept", y_axis_label="error")
     for index in range(METHODS):
-        source = ColumnDataSource({k: [] for k in ("ratio", "error", "method")}, name=f"detail-curve{index}")
-        role = f"series-{index}"
-        plot.line(x="ratio", y="error", source=source, tags=[role], line_width=2)
-        mark = plot.scatter(
-            x="ratio", y="error", source=source, tags=[role], marker=MARKERS[index], size=7
+        source = ColumnDataSource(
+            {k: [] for k in ("ratio", "error", "method")}, name=f"detail-curve{index}"
         )
+        line = plot.line(x="ratio", y="error", source=source, line_width=2)
+        mark = plot.scatter(x="ratio", y="error", source=source, marker=MARKERS[index], size=7)
+        line.tags = mark.tags = [f"series-{index}"]
         tips = [("method", "@method"), ("kept", "@ratio{0.00}"), ("error", "@error{0.0000}")]
         plot.add_tools(HoverTool(renderers=[mark], tooltips=tips))
     return plot
@@ -203,6 +218,12 @@ def _curves() -> figure:
 
 def _figure(name: str, **options: Any) -> figure:
     settings = {"height": 200, "toolbar_location": None, "tools": "", **options}
+    if name.startswith("detail-"):  # the page's script sets them with the data
+        settings = {
+            "x_range": Range1d(start=0, end=1),
+            "y_range": Range1d(start=0, end=1),
+            **settings,
+        }
     plot = figure(
         name=name,
         sizing_mode="stretch_width",

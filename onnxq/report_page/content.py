@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,12 +23,12 @@ __all__ = [
     "bars",
     "finite",
     "per_channel",
-    "steps_for",
+    "points_for",
 ]
 
-# Steps of all charts of ranges together, so that many layers make no large page.
-ALL_STEPS = 32_000
-MOST_STEPS, FEWEST_STEPS = 128, 16
+# Points of a chart of each layer: with many layers fewer, so that they make no large page.
+ALL_POINTS = 16_000
+MOST_POINTS, FEWEST_POINTS = 128, 12
 
 Mark = Literal["bar", "dot", "line"]
 
@@ -217,24 +217,24 @@ class Content:
     notes: Sequence[str] = ()
 
 
-def steps_for(layers: int) -> int:
-    """How many steps a chart of ranges has if so many layers have one."""
-    return min(max(ALL_STEPS // max(layers, 1), FEWEST_STEPS), MOST_STEPS)
+def points_for(layers: int) -> int:
+    """How many channels or bins a chart of each layer shows if there are so many layers."""
+    return min(max(ALL_POINTS // max(layers, 1), FEWEST_POINTS), MOST_POINTS)
 
 
-def per_channel(ranges: ChannelRanges, steps: int) -> dict[str, Any]:
+def per_channel(ranges: ChannelRanges, points: int) -> dict[str, Any]:
     """Ranges per channel, drawn as bars from the least to the greatest value.
 
     Args:
         ranges: The ranges.
-        steps: Neighbouring channels share a bar where there are more.
+        points: Neighbouring channels share a bar where there are more.
     """
     count = ranges.low.size
     if not count:
         return {"text": "no channels"}
     if not ranges.finite:
         return {"text": "holds values that are not finite"}
-    shown = binned(ranges, steps)
+    shown = binned(ranges, points)
     edges = np.arange(shown.low.size + 1) * count // shown.low.size
     return {
         "text": f"{count} channels, {ranges.low.min():.3g} to {ranges.high.max():.3g}",
@@ -244,16 +244,19 @@ def per_channel(ranges: ChannelRanges, steps: int) -> dict[str, Any]:
     }
 
 
-def bars(low: float, high: float, counts: Iterable[int]) -> dict[str, Any]:
+def bars(low: float, high: float, counts: Sequence[int], points: int) -> dict[str, Any]:
     """A histogram as shares of all values in per cent.
 
     Args:
         low: Where the first bin begins.
         high: Where the last one ends.
         counts: How many values each of the bins, which are equally wide, holds.
+        points: Neighbours are put together where there are more bins.
     """
-    held = np.fromiter(counts, np.float64)
+    held = np.array(counts, np.float64)
     total = held.sum()
+    while held.size > points and held.size % 2 == 0:
+        held = held.reshape(-1, 2).sum(axis=1)
     return {
         "text": f"{total:,.0f} values, {low:.3g} to {high:.3g}",
         "low": low,
@@ -268,5 +271,5 @@ def finite(value: float | None) -> float:
 
 
 def _short(values: np.ndarray) -> list[float]:
-    """Numbers of four digits: more than a screen shows."""
-    return [float(f"{v:.4g}") for v in values]
+    """Numbers of three digits: as many as a chart shows."""
+    return [float(f"{v:.3g}") for v in values]

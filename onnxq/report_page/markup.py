@@ -41,7 +41,7 @@ def code(written: str) -> str:
     """What can be copied by a button next to it."""
     return (
         f'<div class="code"><pre tabindex="0">{text(written)}</pre>'
-        '<button type="button" class="copy">Copy</button></div>'
+        '<button class="copy">Copy</button></div>'
     )
 
 

@@ -34,9 +34,7 @@ function paint() {
       const value = { value: colour(mark.tags[0]) };
       const glyph = mark.glyph;
       if ("fill_color" in glyph.properties) glyph.fill_color = value;
-      if ("line_color" in glyph.properties) {
-        glyph.line_color = "fill_color" in glyph.properties ? value : value;
-      }
+      if ("line_color" in glyph.properties) glyph.line_color = value;
     }
   }
 }
@@ -85,9 +83,14 @@ const draw = {
     const none = (values) => values.map((v) => v ?? NaN);
     fill("detail-formats", { names: chart.names, expected: none(chart.expected),
       measured: none(chart.measured) });
+    const known = [...chart.expected, ...chart.measured].filter((v) => v !== null);
+    extent("formats", "x", Math.min(0, ...known) * 1.05, Math.max(1, ...known) * 1.05);
   },
   curves(chart) {
     const methods = Object.entries(chart.methods);
+    const errors = methods.flatMap(([, points]) => points.map((p) => p[1]));
+    extent("curves", "x", 0, 1.02);
+    extent("curves", "y", 0, Math.max(...errors) * 1.05 || 1);
     for (let i = 0; state.sources.has(`detail-curve${i}`); i++) {
       const [method, points] = methods[i] ?? ["", []];
       fill(`detail-curve${i}`, { ratio: points.map((p) => p[0]), error: points.map((p) => p[1]),
@@ -100,12 +103,16 @@ function ranges(key, chart) {
   const left = chart.edges.slice(0, -1), right = chart.edges.slice(1);
   const words = left.map((l, i) => (right[i] - l > 1 ? `${l} to ${right[i] - 1}` : `${l}`));
   fill(`detail-${key}`, { left, right, low: chart.low, high: chart.high, words });
+  extent(key, "x", 0, chart.edges.at(-1));
 }
 
 function histogram(key, chart) {
   const width = (chart.high - chart.low) / chart.share.length;
   const left = chart.share.map((_, i) => chart.low + i * width);
   fill(`detail-${key}`, { left, right: left.map((l) => l + width), share: chart.share });
+  const room = (chart.high - chart.low || 1) * 0.02;
+  extent(key, "x", chart.low - room, chart.high + room);
+  extent(key, "y", 0, Math.max(...chart.share) * 1.05 || 1);
 }
 
 function ends(chart) {
@@ -126,7 +133,12 @@ function scales(charts) {
 
 function scale(key, [low, high]) {
   const room = (high - low || 2) * 0.05;
-  state.plots.get(`detail-${key}`).y_range.setv({ start: low - room, end: high + room });
+  extent(key, "y", low - room, high + room);
+}
+
+// What a chart shows, and returns to.
+function extent(key, axis, start, end) {
+  state.plots.get(`detail-${key}`)[`${axis}_range`].setv({ start, end });
 }
 
 function detail(index) {
@@ -182,7 +194,7 @@ function choose(index) {
     const line = span(key, "chosen");
     const place = places[key] ? places[key].indexOf(index) : index;
     line.visible = place >= 0;
-    line.location = Math.max(place, 0);
+    line.location = place + 1;
     if (places[key]) state.sources.get(key).selected.indices = place < 0 ? [] : [place];
   }
   state.sources.get("layers").selected.indices = [index];
@@ -192,7 +204,7 @@ function choose(index) {
 // A place that belongs to no layer belongs to the one before it.
 function layerAt(key, x) {
   const places = state.data.places[key];
-  const place = Math.max(Math.round(x), 0);
+  const place = Math.max(Math.round(x) - 1, 0); // places count from 1
   if (!places) return Math.min(place, state.data.layers.length - 1);
   for (let i = Math.min(place, places.length - 1); i >= 0; i--) if (places[i] >= 0) return places[i];
   return -1;
@@ -212,8 +224,8 @@ function sort(head) {
   const sign = order === "ascending" ? 1 : -1;
   const body = byId("layers").tBodies[0];
   const keyed = [...body.rows].map((row) => {
-    const cell = row.cells[column];
-    return [number ? Number(cell.dataset.key ?? NaN) : cell.textContent, row];
+    const text = row.cells[column].textContent;
+    return [number ? parseFloat(row.cells[column].dataset.key ?? text.replaceAll(",", "")) : text, row];
   });
   keyed.sort(([a, r], [b, s]) => {
     const place = r.dataset.layer - s.dataset.layer;
@@ -277,6 +289,14 @@ function listen() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 }
 
+// What each row would have to say of itself, said here for small pages.
+function label() {
+  [...byId("layers")?.tBodies[0].rows ?? []].forEach((row, i) => {
+    row.dataset.layer = i;
+    row.querySelector("button").tabIndex = -1;
+  });
+}
+
 async function start() {
   state.data = await unpack(byId("data").textContent);
   const { document: written, roots } = state.data;
@@ -291,6 +311,7 @@ async function start() {
     }
   }
   paint();
+  label();
   listen();
   if (state.data.layers.length) choose(state.data.chosen);
   document.documentElement.dataset.ready = "true";

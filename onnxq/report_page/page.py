@@ -11,12 +11,12 @@ import hashlib
 import importlib.util
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.resources import files
 from typing import Any
 
 from onnxq.errors import OnnxqError
-from onnxq.report_page.content import Chart, Content, Fragile, Table
+from onnxq.report_page.content import Chart, Column, Content, Fragile, Table
 from onnxq.report_page.markup import code, definitions, table, text
 
 __all__ = ["check_installed", "page", "unpacked"]
@@ -70,7 +70,7 @@ def page(content: Content) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{text(content.title)}: onnxq report</title>
 <style>
-{style}</style>
+{style}{_column_styles(content.columns)}</style>
 </head>
 <body>
 {body}
@@ -131,14 +131,14 @@ def _body(content: Content) -> Iterator[str]:
     yield "</main>"
 
 
-def _fragile(entry: Fragile, names: Any) -> str:
+def _fragile(entry: Fragile, names: Sequence[str]) -> str:
     remedies = "".join(
         f'<p class="remedy">{text(r.text)}{f" <b>{text(r.gain)}</b>" if r.gain else ""}</p>'
         + (code(r.command) if r.command else "")
         for r in entry.remedies
     )
     return (
-        f'<li><button type="button" class="link" data-layer="{entry.layer}">'
+        f'<li><button class="link" data-layer="{entry.layer}">'
         f"{text(names[entry.layer])}</button>"
         f' <span class="dim">{text(entry.what)}</span><p>{text(entry.reason)}</p>{remedies}</li>'
     )
@@ -168,8 +168,8 @@ def _layers(content: Content) -> Iterator[str]:
         ' placeholder="name or operator"></label>'
         '<div class="split"><div class="box" tabindex="-1"><table id="layers"><thead><tr>'
     )
-    yield _head("#", True, "Place in the graph", False)
-    yield _head("layer", False, "", False)
+    yield _head("#", True, "Place in the graph")
+    yield _head("layer", False)
     for column in content.columns:
         yield _head(column.title, column.keys is not None, column.about, column.wide)
     yield "</tr></thead><tbody>"
@@ -191,27 +191,37 @@ def _layers(content: Content) -> Iterator[str]:
     yield "</div></div>"
 
 
-def _head(title: str, number: bool, about: str, wide: bool) -> str:
+def _head(title: str, number: bool, about: str = "", wide: bool = False) -> str:
     kind = " ".join(["number"] * number + ["wide"] * wide)
     hint = f' title="{text(about)}"' if about else ""
-    return f'<th scope="col" class="{kind}"{hint}><button type="button">{text(title)}</button></th>'
+    return f'<th scope="col" class="{kind}"{hint}><button>{text(title)}</button></th>'
 
 
 def _row(content: Content, index: int, name: str) -> str:
+    """A row, with as little markup as does: there may be a thousand."""
     cells = "".join(_cell(column, index) for column in content.columns)
-    return (
-        f'<tr data-layer="{index}"><td class="number" data-key="{index}">{index + 1}</td>'
-        f'<th scope="row"><button type="button" class="link" tabindex="-1">{text(name)}</button>'
-        f"</th>{cells}</tr>"
-    )
+    named = f'<th scope="row"><button>{text(name)}</button></th>'
+    return f"<tr><td>{index + 1}</td>{named}{cells}</tr>"
 
 
-def _cell(column: Any, index: int) -> str:
-    kind = " ".join(["number"] * (column.keys is not None) + ["wide"] * column.wide)
+def _cell(column: Column, index: int) -> str:
+    shown = column.cells[index]
     key = ""
-    if column.keys is not None and column.keys[index] == column.keys[index]:
+    if column.keys is not None and shown.strip("0123456789,.") and shown != "-":
         key = f' data-key="{column.keys[index]:.6g}"'
-    return f'<td class="{kind}"{key}>{text(column.cells[index])}</td>'
+    return f"<td{key}>{text(shown)}</td>"
+
+
+def _column_styles(columns: Sequence[Column]) -> str:
+    """Which columns of the table hold numbers, and which need a wide screen."""
+    cell = "#layers tr > :nth-child({})"
+    number = [cell.format(i) for i, c in enumerate(columns, 3) if c.keys is not None]
+    wide = [cell.format(i) for i, c in enumerate(columns, 3) if c.wide]
+    right = ", ".join([cell.format(1), *number])
+    narrow = (
+        f" @media (max-width: 60rem) {{ {', '.join(wide)} {{ display: none }} }}" if wide else ""
+    )
+    return f"{right} {{ text-align: right; white-space: nowrap }}{narrow}\n"
 
 
 def _section(entry: Table) -> str:

@@ -18,7 +18,7 @@ from onnxq.report_page.content import (
     Table,
     finite,
     per_channel,
-    steps_for,
+    points_for,
 )
 from onnxq.version import __version__
 
@@ -39,14 +39,14 @@ def of_run(
     """
     ran = {n["name"]: n for n in report.facts["integers"]["layers"]}
     found = [ran.get(layer.name, {}) for layer in layers]
-    steps = steps_for(2 * len(layers))
+    points = points_for(len(layers))
     return Content(
         title=title,
         lead=f"What onnxq {__version__} made of it. {_weights(report)}",
         facts=tuple(_facts(report)),
         names=[layer.name for layer in layers],
         columns=_columns(layers, found),
-        details=[_detail(*pair, steps) for pair in zip(layers, found, strict=True)],
+        details=[_detail(*pair, points) for pair in zip(layers, found, strict=True)],
         chosen=_widest(layers),
         charts=tuple(_charts(layers, found)),
         tables=(_left_out(report), _passes(report)),
@@ -103,7 +103,7 @@ def _columns(layers: Sequence[LayerRanges], found: Sequence[dict[str, Any]]) -> 
     ]
 
 
-def _detail(layer: LayerRanges, found: dict[str, Any], steps: int) -> Detail:
+def _detail(layer: LayerRanges, found: dict[str, Any], points: int) -> Detail:
     macs = found.get("macs")
     facts = [("operator", layer.op), ("channels", f"{layer.after.low.size:,}")]
     if macs is not None:
@@ -111,8 +111,8 @@ def _detail(layer: LayerRanges, found: dict[str, Any], steps: int) -> Detail:
     facts.append(("runs in", _where(layer, found)))
     made = {"text": "made by a pass"}
     charts = {
-        "before": made if layer.before is None else per_channel(layer.before, steps),
-        "after": per_channel(layer.after, steps),
+        "before": made if layer.before is None else per_channel(layer.before, points),
+        "after": per_channel(layer.after, points),
     }
     return Detail(facts, str(found.get("reason") or ""), charts=charts)
 
@@ -138,7 +138,7 @@ def _charts(layers: Sequence[LayerRanges], found: Sequence[dict[str, Any]]) -> I
             "spread",
             "How unequal channels are",
             "Largest |weight| of a channel over that of the median channel: what is far above 1"
-            " leaves few steps to most channels where one scale serves them all.",
+            " leaves few points to most channels where one scale serves them all.",
             "spread",
             (
                 Series("before", [s[0] for s in spreads]),
