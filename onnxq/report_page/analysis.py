@@ -240,7 +240,7 @@ def _columns(analysis: Analysis) -> list[Column]:
 def _detail(
     layer: LayerFindings, curves: Sequence[tuple[str, float, float]], points: int
 ) -> Detail:
-    charts: dict[str, Any] = {"before": per_channel(_ranges(layer.weights), points)}
+    charts: dict[str, Any] = {"ranges": per_channel(_ranges(layer.weights), points)}
     charts["weights"] = _histogram(layer.weights.histogram, points)
     read = layer.activation
     if read is None:

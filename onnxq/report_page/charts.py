@@ -36,7 +36,8 @@ __all__ = ["DETAILS", "drawn"]
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star", "hex")
 # Charts of the chosen layer, in the order in which they are drawn.
 DETAILS = {
-    "before": "Weights per channel",
+    "before": "Weights per channel, before",
+    "ranges": "Weights per channel",
     "after": "Weights per channel, after",
     "weights": "Weights",
     "activation": "What it reads, and the range that was chosen",
@@ -102,7 +103,7 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
             shape = MARKERS[index % len(MARKERS)]
             size = 7 if count <= 200 else 5
             mark = plot.scatter(x="x", y=column, marker=shape, size=size, **common)
-        mark.tags = [f"series-{index}"]
+        mark.tags = [chart.roles[index]]
         # all look alike, chosen or not: a line shows which is
         mark.selection_glyph = mark.nonselection_glyph = mark.glyph
         mark.visible = series.shown
@@ -130,6 +131,7 @@ def _details(content: Content) -> list[figure]:
     wanted = {name for detail in content.details for name in detail.charts}
     makers = {
         "before": lambda: _ranges("before", "before"),
+        "ranges": lambda: _ranges("ranges", "after"),
         "after": lambda: _ranges("after", "after"),
         "weights": lambda: _histogram("weights", "weight"),
         "activation": _activation,

@@ -43,6 +43,7 @@ class Series:
         mark: How it is drawn.
         shown: Whether it is drawn before it is asked for.
         unit: Follows its numbers.
+        role: Name of its colour in the style sheet; empty: one for its place in the chart.
     """
 
     label: str
@@ -50,6 +51,7 @@ class Series:
     mark: Mark = "dot"
     shown: bool = True
     unit: str = ""
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,11 @@ class Chart:
     names: Sequence[str] | None = None
     layers: Sequence[int] | None = None
     logarithmic: bool = False
+
+    @property
+    def roles(self) -> list[str]:
+        """The name of each series' colour in the style sheet."""
+        return [s.role or f"series-{i}" for i, s in enumerate(self.series)]
 
 
 @dataclass(frozen=True)

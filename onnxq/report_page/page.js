@@ -69,6 +69,7 @@ function span(key, name) {
 const draw = {
   before: (chart) => ranges("before", chart),
   after: (chart) => ranges("after", chart),
+  ranges: (chart) => ranges("ranges", chart),
   channels: (chart) => ranges("channels", chart),
   weights: (chart) => histogram("weights", chart),
   activation(chart) {
@@ -127,7 +128,7 @@ function scales(charts) {
   const own = pair.length === 2 && Math.max(...sizes) > COMMON * Math.min(...sizes);
   const both = [Math.min(...found.map((e) => e[0])), Math.max(...found.map((e) => e[1]))];
   pair.forEach((k, i) => scale(k, own ? found[i] : both));
-  if (charts.channels?.edges) scale("channels", ends(charts.channels));
+  for (const key of ["ranges", "channels"]) if (charts[key]?.edges) scale(key, ends(charts[key]));
   return own && Math.min(...sizes) > 0;
 }
 

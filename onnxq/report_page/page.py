@@ -147,7 +147,7 @@ def _fragile(entry: Fragile, names: Sequence[str]) -> str:
 def _chart(chart: Chart) -> str:
     legend = "".join(
         f'<label class="key"><input type="checkbox" data-chart="{chart.key}" data-series="{i}"'
-        f'{" checked" if series.shown else ""}><span class="swatch {series.mark} series-{i}">'
+        f'{" checked" if series.shown else ""}><span class="swatch {series.mark} {chart.roles[i]}">'
         f"</span>{text(series.label)}</label>"
         for i, series in enumerate(chart.series)
     )

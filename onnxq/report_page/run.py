@@ -122,14 +122,16 @@ def _charts(layers: Sequence[LayerRanges], found: Sequence[dict[str, Any]]) -> I
     if np.nansum(macs) > 0:
         share = 100 * macs / np.nansum(macs)
         integer = np.array([bool(n.get("integer")) for n in found])
+        kinds = {"in integers": (integer, "after"), "in float": (~integer, "before")}
         yield Chart(
             "cost",
             "Where the work is",
             "Multiply-accumulates of each layer, in per cent of all.",
             "% of MACs",
-            (
-                Series("in integers", np.where(integer, share, np.nan).tolist(), "bar", unit=" %"),
-                Series("in float", np.where(integer, np.nan, share).tolist(), "bar", unit=" %"),
+            tuple(
+                Series(label, np.where(there, share, np.nan).tolist(), "bar", unit=" %", role=role)
+                for label, (there, role) in kinds.items()
+                if there.any()
             ),
         )
     spreads = [[finite(_spread(r)) for r in (layer.before, layer.after)] for layer in layers]
@@ -138,11 +140,11 @@ def _charts(layers: Sequence[LayerRanges], found: Sequence[dict[str, Any]]) -> I
             "spread",
             "How unequal channels are",
             "Largest |weight| of a channel over that of the median channel: what is far above 1"
-            " leaves few points to most channels where one scale serves them all.",
+            " leaves few steps to most channels where one scale serves them all.",
             "spread",
             (
-                Series("before", [s[0] for s in spreads]),
-                Series("after", [s[1] for s in spreads]),
+                Series("before", [s[0] for s in spreads], role="before"),
+                Series("after", [s[1] for s in spreads], role="after"),
             ),
             logarithmic=True,
         )
