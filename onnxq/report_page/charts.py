@@ -108,8 +108,9 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
         mark.selection_glyph = mark.nonselection_glyph = mark.glyph
         mark.visible = series.shown
     # what the tips hang on has a value everywhere, unlike the series
-    source.data[f"{chart.key}-tip"] = _highest([s.values for s in chart.series if s.shown])
-    hung = plot.scatter(x="x", y=f"{chart.key}-tip", size=1, alpha=0, source=source)
+    tip = f"{chart.key}-tip"
+    source.data[tip] = _highest([s.values for s in chart.series if s.shown])
+    hung = plot.vbar(x="x", bottom=tip, top=tip, width=1, alpha=0, source=source)
     plot.add_tools(HoverTool(renderers=[hung], mode="vline", tooltips=tips))
     plot.add_layout(Span(dimension="height", location=0, name="chosen", line_dash="dashed"))
     return plot
