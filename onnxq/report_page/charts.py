@@ -42,7 +42,7 @@ DETAILS = {
     "weights": "Weights",
     "activation": "What it reads, and the range that was chosen",
     "channels": "What it reads, per channel",
-    "formats": "SQNR at the outputs, by format",
+    "formats": "SQNR at the outputs, by format: bars expected, diamonds measured",
     "curves": "Error against what is kept",
 }
 METHODS = 6
@@ -134,7 +134,7 @@ def _details(content: Content) -> list[figure]:
         "before": lambda: _ranges("before", "before"),
         "ranges": lambda: _ranges("ranges", "after"),
         "after": lambda: _ranges("after", "after"),
-        "weights": lambda: _histogram("weights", "weight"),
+        "weights": lambda: _histogram("weights", "weight", "series-0"),
         "activation": _activation,
         "channels": lambda: _ranges("channels", "series-1"),
         "formats": lambda: _formats(content.formats),
@@ -165,10 +165,14 @@ def _ranges(key: str, role: str) -> figure:
     return plot
 
 
-def _histogram(key: str, label: str, role: str = "series-0") -> figure:
-    plot = _figure(f"detail-{key}", x_axis_label=label, y_axis_label="% of values")
-    source = ColumnDataSource({k: [] for k in ("left", "right", "share")}, name=f"detail-{key}")
-    mark = plot.quad(left="left", right="right", bottom=0, top="share", source=source, line_width=1)
+def _histogram(key: str, label: str, role: str, **options: Any) -> figure:
+    plot = _figure(f"detail-{key}", x_axis_label=label, y_axis_label="% of values", **options)
+    columns = ("left", "right", "share", "height")
+    source = ColumnDataSource({k: [] for k in columns}, name=f"detail-{key}")
+    # the least that any axis shows, were it logarithmic
+    mark = plot.quad(
+        left="left", right="right", bottom=1e-9, top="height", source=source, line_width=1
+    )
     mark.tags = [role]
     tips = [(label, "@left{0.0000} to @right{0.0000}"), ("share", "@share{0.000} %")]
     plot.add_tools(HoverTool(renderers=[mark], mode="vline", tooltips=tips))
@@ -176,7 +180,8 @@ def _histogram(key: str, label: str, role: str = "series-0") -> figure:
 
 
 def _activation() -> figure:
-    plot = _histogram("activation", "value", "series-1")
+    # zeros of a Relu would hide the rest
+    plot = _histogram("activation", "value", "series-1", y_axis_type="log")
     for end in ("low", "high"):
         plot.add_layout(Span(dimension="height", location=0, name=f"clip-{end}", line_width=2))
     return plot

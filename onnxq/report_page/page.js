@@ -92,6 +92,11 @@ const draw = {
     const errors = methods.flatMap(([, points]) => points.map((p) => p[1]));
     extent("curves", "x", 0, 1.02);
     extent("curves", "y", 0, Math.max(...errors) * 1.05 || 1);
+    byId("detail-curves").querySelector(".says").replaceChildren(...methods.map(([method], i) => {
+      const key = element("span", undefined, "key");
+      key.append(element("span", undefined, `swatch series-${i}`), `${method} `);
+      return key;
+    }));
     for (let i = 0; state.sources.has(`detail-curve${i}`); i++) {
       const [method, points] = methods[i] ?? ["", []];
       fill(`detail-curve${i}`, { ratio: points.map((p) => p[0]), error: points.map((p) => p[1]),
@@ -110,10 +115,13 @@ function ranges(key, chart) {
 function histogram(key, chart) {
   const width = (chart.high - chart.low) / chart.share.length;
   const left = chart.share.map((_, i) => chart.low + i * width);
-  fill(`detail-${key}`, { left, right: left.map((l) => l + width), share: chart.share });
+  const held = chart.share.filter((v) => v > 0), logarithmic = key === "activation";
+  const least = logarithmic ? Math.min(...held, 1) / 2 : 0;
+  fill(`detail-${key}`, { left, right: left.map((l) => l + width), share: chart.share,
+    height: chart.share.map((v) => Math.max(v, 1e-9)) });
   const room = (chart.high - chart.low || 1) * 0.02;
   extent(key, "x", chart.low - room, chart.high + room);
-  extent(key, "y", 0, Math.max(...chart.share) * 1.05 || 1);
+  extent(key, "y", least, Math.max(...held, least) * (logarithmic ? 2 : 1.05) || 1);
 }
 
 function ends(chart) {
