@@ -212,7 +212,8 @@ def run(
     )
     after = before.clone()
     ranges = WeightRanges(before)
-    manager = PassManager(*chosen.passes, after=_watch(ranges, chosen.passes))
+    watch = None if report is None else report_page.Watch(before)
+    manager = PassManager(*chosen.passes, after=_watch([ranges, watch], chosen.passes))
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
     result = ctx.report
@@ -228,10 +229,11 @@ def run(
     if destination is not None:
         after.save(destination)
         result.facts["bytes"]["after"] = _bytes(Path(destination))
-    if report is not None:
+    if report is not None and watch is not None:
         title = before.path.name if before.path is not None else before.graph.name
         text = after.metadata["onnxq.recipe"]
-        report_page.write_run(Path(report), title, result, layers, text, seed)
+        seen = watch.finish(after, ctx.observed)
+        report_page.write_run(Path(report), title, result, layers, text, seed, seen)
     return after, result
 
 
@@ -533,15 +535,19 @@ def _with_encodings(steps: Sequence[Pass], path: Path) -> tuple[Pass, ...]:
     return tuple(LoadEncodings(path=str(path)) if isinstance(s, Calibrate) else s for s in steps)
 
 
-def _watch(ranges: WeightRanges, steps: Sequence[Pass]) -> After:
-    """Ranges start where BatchNormalization is in the weights, and end before the integers."""
+def _watch(
+    watched: Sequence[WeightRanges | report_page.Watch | None], steps: Sequence[Pass]
+) -> After:
+    """What is watched starts with BatchNormalization in the weights, ends before the integers."""
     folds = next((s for s in steps if isinstance(s, FoldBatchNorm)), None)
+    known: list[WeightRanges | report_page.Watch] = [w for w in watched if w is not None]
 
     def after(step: Pass, model: Model, _: Changes) -> None:
-        if step is folds:
-            ranges.start(model)
-        else:
-            ranges.see(model)
+        for each in known:
+            if step is folds:
+                each.start(model)
+            else:
+                each.see(model)
 
     return after
 

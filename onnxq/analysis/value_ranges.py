@@ -10,7 +10,7 @@ from onnxq.encoding import Encoding
 from onnxq.model import Layer
 from onnxq.statistics import TensorStatistics
 
-__all__ = ["OUTLYING", "activation_findings", "outliers", "weight_findings"]
+__all__ = ["OUTLYING", "activation_findings", "histogram", "outliers", "weight_findings"]
 
 # Bins of histograms: enough to see a shape.
 BINS = 64
@@ -30,7 +30,7 @@ def weight_findings(layer: Layer) -> WeightFindings:
         shape=tuple(int(n) for n in weight.shape),
         low=_plain(ranges.low),
         high=_plain(ranges.high),
-        histogram=_histogram(weight) if finite and weight.size else None,
+        histogram=histogram(weight) if finite and weight.size else None,
         spread=spread if np.isfinite(spread) else None,
         crest=_crest(weight, layer.channel_axis) if finite and weight.size else None,
         outliers=outliers(ranges),
@@ -85,7 +85,8 @@ def _plain(values: np.ndarray) -> tuple[float | None, ...]:
     return tuple(float(v) if np.isfinite(v) else None for v in values)
 
 
-def _histogram(values: np.ndarray) -> Histogram:
+def histogram(values: np.ndarray) -> Histogram:
+    """A histogram of finite values."""
     counts, edges = np.histogram(values, BINS)
     return Histogram(float(edges[0]), float(edges[-1]), tuple(counts.tolist()))
 

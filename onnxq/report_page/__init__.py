@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxq.analysis.findings import Analysis
@@ -15,8 +15,9 @@ from onnxq.report import Report, write_text
 from onnxq.report_page.analysis import Curves, of_analysis
 from onnxq.report_page.page import check_installed, page
 from onnxq.report_page.run import of_run
+from onnxq.report_page.watch import Seen, Watch
 
-__all__ = ["Curves", "check_installed", "write_analysis", "write_run"]
+__all__ = ["Curves", "Watch", "check_installed", "write_analysis", "write_run"]
 
 
 def write_run(
@@ -26,13 +27,14 @@ def write_run(
     layers: Sequence[LayerRanges],
     recipe: str,
     seed: int = 0,
+    seen: Mapping[str, Seen] | None = None,
 ) -> None:
     """Write the page of a run, see `of_run`.
 
     Raises:
         OnnxqError: The file cannot be written, or the library that draws charts is missing.
     """
-    write_text(path, page(of_run(title, report, layers, recipe, seed)))
+    write_text(path, page(of_run(title, report, layers, recipe, seed, seen)))
 
 
 def write_analysis(

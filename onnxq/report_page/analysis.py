@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 
 from onnxq.analysis.findings import (
-    ActivationFindings,
     Advice,
     Analysis,
-    Histogram,
     LayerFindings,
-    Outlier,
     WeightFindings,
 )
 from onnxq.analysis.sensitivity import Sensitivity, decibel
@@ -29,10 +26,15 @@ from onnxq.report_page.content import (
     Remedy,
     Series,
     Table,
-    bars,
     finite,
+)
+from onnxq.report_page.layer_charts import (
+    activation,
+    histogram,
+    outlying,
     per_channel,
     points_for,
+    reads,
 )
 
 __all__ = ["Curves", "of_analysis"]
@@ -241,18 +243,12 @@ def _detail(
     layer: LayerFindings, curves: Sequence[tuple[str, float, float]], points: int
 ) -> Detail:
     charts: dict[str, Any] = {"ranges": per_channel(_ranges(layer.weights), points)}
-    charts["weights"] = _histogram(layer.weights.histogram, points)
-    read = layer.activation
-    if read is None:
+    charts["values"] = histogram(layer.weights.histogram, points)
+    if layer.activation is not None:
+        charts |= activation(layer.activation, points)
+    else:
         why = "what it reads is not known" if layer.executed else "no sample reached this layer"
         charts["activation"] = {"text": why}
-    else:
-        charts["activation"] = _histogram(read.histogram, points) | {
-            "clip": [read.clip_low, read.clip_high] if _bounded(read) else None,
-        }
-        if read.channel_low:
-            ranges = ChannelRanges(np.array(read.channel_low), np.array(read.channel_high))
-            charts["channels"] = per_channel(ranges, points)
     charts["formats"] = _by_format(layer.sensitivities)
     if curves:
         charts["curves"] = _curves(curves)
@@ -277,13 +273,9 @@ def _layer_facts(layer: LayerFindings) -> Iterator[tuple[str, str]]:
     if layer.gain is not None:
         yield "gain", f"{layer.gain:.3g}"
     if layer.weights.outliers:
-        yield "outlier channels of weights", _outliers(layer.weights.outliers)
+        yield "outlier channels of weights", outlying(layer.weights.outliers)
     if read is not None:
-        yield "values", f"{read.low:.4g} to {read.high:.4g}"
-        yield "clipped", f"{100 * read.clipped:.2g} % of values"
-        yield "zeros", f"{100 * read.zeros:.2g} % of values"
-        if read.outliers:
-            yield "outlier channels of inputs", _outliers(read.outliers)
+        yield from reads(read)
 
 
 def _ranges(weights: WeightFindings) -> ChannelRanges:
@@ -291,12 +283,6 @@ def _ranges(weights: WeightFindings) -> ChannelRanges:
         np.array([finite(v) for v in side], np.float64) for side in (weights.low, weights.high)
     )
     return ChannelRanges(low, high)
-
-
-def _histogram(histogram: Histogram | None, points: int) -> dict[str, Any]:
-    if histogram is None:
-        return {"text": "holds values that are not finite"}
-    return bars(histogram.low, histogram.high, histogram.counts, points)
 
 
 def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
@@ -397,16 +383,6 @@ def _numbers(
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else form.format(value)
-
-
-def _bounded(read: ActivationFindings) -> bool:
-    return math.isfinite(read.clip_low) and math.isfinite(read.clip_high)
-
-
-def _outliers(outliers: Sequence[Outlier]) -> str:
-    most = sorted(outliers, key=lambda o: -o.times)[:4]
-    more = f" and {len(outliers) - 4} more" if len(outliers) > 4 else ""
-    return ", ".join(f"{o.channel} ({o.times:.1f} times the median)" for o in most) + more
 
 
 def _shape(shape: Sequence[int]) -> str:

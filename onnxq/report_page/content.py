@@ -7,10 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
-from onnxq.analysis.weight_ranges import ChannelRanges, binned
-
 __all__ = [
     "Chart",
     "Column",
@@ -20,15 +16,8 @@ __all__ = [
     "Remedy",
     "Series",
     "Table",
-    "bars",
     "finite",
-    "per_channel",
-    "points_for",
 ]
-
-# Points of a chart of each layer: with many layers fewer, so that they make no large page.
-ALL_POINTS = 16_000
-MOST_POINTS, FEWEST_POINTS = 128, 12
 
 Mark = Literal["bar", "dot", "line"]
 
@@ -147,7 +136,7 @@ class Detail:
         facts: Names and values.
         reason: Why it is as it is; empty if there is nothing to say.
         remedies: What would help.
-        charts: Chart -> what it draws, see `per_channel` and `bars`; with a text alone where there
+        charts: Chart -> what it draws, see `layer_charts`; with a text alone where there
             is nothing to draw, and the reason is worth saying.
     """
 
@@ -224,59 +213,6 @@ class Content:
     notes: Sequence[str] = ()
 
 
-def points_for(layers: int) -> int:
-    """How many channels or bins a chart of each layer shows if there are so many layers."""
-    return min(max(ALL_POINTS // max(layers, 1), FEWEST_POINTS), MOST_POINTS)
-
-
-def per_channel(ranges: ChannelRanges, points: int) -> dict[str, Any]:
-    """Ranges per channel, drawn as bars from the least to the greatest value.
-
-    Args:
-        ranges: The ranges.
-        points: Neighbouring channels share a bar where there are more.
-    """
-    count = ranges.low.size
-    if not count:
-        return {"text": "no channels"}
-    if not ranges.finite:
-        return {"text": "holds values that are not finite"}
-    shown = binned(ranges, points)
-    edges = np.arange(shown.low.size + 1) * count // shown.low.size
-    return {
-        "text": f"{count} channels, {ranges.low.min():.3g} to {ranges.high.max():.3g}",
-        "low": _short(shown.low),
-        "high": _short(shown.high),
-        "edges": edges.tolist(),
-    }
-
-
-def bars(low: float, high: float, counts: Sequence[int], points: int) -> dict[str, Any]:
-    """A histogram as shares of all values in per cent.
-
-    Args:
-        low: Where the first bin begins.
-        high: Where the last one ends.
-        counts: How many values each of the bins, which are equally wide, holds.
-        points: Neighbours are put together where there are more bins.
-    """
-    held = np.array(counts, np.float64)
-    total = held.sum()
-    while held.size > points and held.size % 2 == 0:
-        held = held.reshape(-1, 2).sum(axis=1)
-    return {
-        "text": f"{total:,.0f} values, {low:.3g} to {high:.3g}",
-        "low": low,
-        "high": high,
-        "share": _short(100 * held / max(total, 1)),
-    }
-
-
 def finite(value: float | None) -> float:
     """A number, NaN for none and for what is not finite."""
     return value if value is not None and math.isfinite(value) else math.nan
-
-
-def _short(values: np.ndarray) -> list[float]:
-    """Numbers of three digits: as many as a chart shows."""
-    return [float(f"{v:.3g}") for v in values]

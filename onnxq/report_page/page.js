@@ -71,7 +71,9 @@ const draw = {
   after: (chart) => ranges("after", chart),
   ranges: (chart) => ranges("ranges", chart),
   channels: (chart) => ranges("channels", chart),
-  weights: (chart) => histogram("weights", chart),
+  values: (chart) => histogram("values", chart),
+  "values-before": (chart) => histogram("values-before", chart),
+  "values-after": (chart) => histogram("values-after", chart),
   activation(chart) {
     histogram("activation", chart);
     ["low", "high"].forEach((end, i) => {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,16 +17,27 @@ from onnxq.report_page.content import (
     Series,
     Table,
     finite,
+)
+from onnxq.report_page.layer_charts import (
+    activation,
+    histogram,
     per_channel,
     points_for,
+    reads,
 )
+from onnxq.report_page.watch import Seen
 from onnxq.version import __version__
 
 __all__ = ["of_run"]
 
 
 def of_run(
-    title: str, report: Report, layers: Sequence[LayerRanges], recipe: str, seed: int = 0
+    title: str,
+    report: Report,
+    layers: Sequence[LayerRanges],
+    recipe: str,
+    seed: int = 0,
+    seen: Mapping[str, Seen] | None = None,
 ) -> Content:
     """What the page of a run shows.
 
@@ -36,6 +47,7 @@ def of_run(
         layers: Ranges of the weights before and after.
         recipe: What ran, as TOML.
         seed: Seed of the run.
+        seen: Layer -> what else was seen of it.
     """
     ran = {n["name"]: n for n in report.facts["integers"]["layers"]}
     found = [ran.get(layer.name, {}) for layer in layers]
@@ -46,7 +58,10 @@ def of_run(
         facts=tuple(_facts(report)),
         names=[layer.name for layer in layers],
         columns=_columns(layers, found),
-        details=[_detail(*pair, points) for pair in zip(layers, found, strict=True)],
+        details=[
+            _detail(layer, n, (seen or {}).get(layer.name), points)
+            for layer, n in zip(layers, found, strict=True)
+        ],
         chosen=_widest(layers),
         charts=tuple(_charts(layers, found)),
         tables=(_left_out(report), _passes(report)),
@@ -103,7 +118,7 @@ def _columns(layers: Sequence[LayerRanges], found: Sequence[dict[str, Any]]) -> 
     ]
 
 
-def _detail(layer: LayerRanges, found: dict[str, Any], points: int) -> Detail:
+def _detail(layer: LayerRanges, found: dict[str, Any], seen: Seen | None, points: int) -> Detail:
     macs = found.get("macs")
     facts = [("operator", layer.op), ("channels", f"{layer.after.low.size:,}")]
     if macs is not None:
@@ -114,6 +129,13 @@ def _detail(layer: LayerRanges, found: dict[str, Any], points: int) -> Detail:
         "before": made if layer.before is None else per_channel(layer.before, points),
         "after": per_channel(layer.after, points),
     }
+    if seen is not None:
+        if layer.before is not None:
+            charts["values-before"] = histogram(seen.before, points)
+        charts["values-after"] = histogram(seen.after, points)
+        if seen.reads is not None:
+            charts |= activation(seen.reads, points)
+            facts += reads(seen.reads)
     return Detail(facts, str(found.get("reason") or ""), charts=charts)
 
 

@@ -139,13 +139,13 @@ def test_a_row_chooses_its_layer_everywhere(opened):
     assert chosen(tab) == [["3"], "conv_d", [3], 4, [6]]
     wanted = unpacked(page(made))["layers"][3]
     shown = tab.evaluate(
-        """() => ["ranges", "weights", "activation", "formats"].map((k) =>
+        """() => ["ranges", "values", "activation", "formats"].map((k) =>
           ({ ...state.sources.get(`detail-${k}`).data }))"""
     )
     charts = wanted["charts"]
     assert shown[0]["low"] == charts["ranges"]["low"]
     assert shown[0]["high"] == charts["ranges"]["high"]
-    assert shown[1]["share"] == charts["weights"]["share"]
+    assert shown[1]["share"] == charts["values"]["share"]
     assert shown[2]["share"] == charts["activation"]["share"]
     assert shown[3]["expected"] == charts["formats"]["expected"]
     assert shown[3]["measured"] == charts["formats"]["measured"]
@@ -208,7 +208,7 @@ def test_layers_that_are_not_known_come_last_either_way(opened):
     assert tab.locator("#detail-activation .says").inner_text() == "no sample reached this layer"
     assert not tab.locator("#plot-detail-activation").is_visible()
     tab.locator("#layers tbody tr", has_text="small").click()
-    assert tab.locator("#detail-weights .says").inner_text() == "holds values that are not finite"
+    assert tab.locator("#detail-values .says").inner_text() == "holds values that are not finite"
     assert tab.locator("#plot-detail-activation").is_visible()
 
 

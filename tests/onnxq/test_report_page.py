@@ -18,9 +18,11 @@ from onnxq.analysis.weight_ranges import ChannelRanges, LayerRanges
 from onnxq.cli import main
 from onnxq.errors import OnnxqError
 from onnxq.model import load
+from onnxq.pass_manager import Context
+from onnxq.passes import FoldBatchNorm
 from onnxq.report import Changes, PassRecord, Report
 from onnxq.report_page.analysis import of_analysis
-from onnxq.report_page.content import bars, per_channel
+from onnxq.report_page.layer_charts import bars, per_channel
 from onnxq.report_page.page import page, unpacked
 from onnxq.report_page.run import of_run
 from tests import analyses, models
@@ -80,6 +82,10 @@ class Page(HTMLParser):
 
     def fact(self, name):
         return self.terms[self.terms.index(name) + 1]
+
+
+def layer_rows(text):
+    return [r for r in Page(text).rows if r and r[0].isdecimal()]
 
 
 def onnxq_line(*args):
@@ -174,6 +180,40 @@ def test_each_chart_of_a_layer_says_in_words_what_it_shows(digits):
             ends = f"{layer[kind]['low']:.3g} to {layer[kind]['high']:.3g}"
             text = f"{layer[kind]['channels']} channels, {ends}"
             assert detail["charts"][kind]["text"] == text
+
+
+def test_histograms_of_weights_before_and_after(digits):
+    text, _, _ = digits
+    pages = {}
+    for detail, row in zip(unpacked(text)["layers"], layer_rows(text), strict=True):
+        pages[row[1]] = detail["charts"]
+    float_model = load(MODEL)
+    FoldBatchNorm().apply(float_model, Context())
+    for layer in float_model.layers():
+        drawn = pages[layer.name]["values-before"]
+        counts, edges = np.histogram(layer.weight, 64)
+        share = 100 * counts / layer.weight.size
+        np.testing.assert_allclose(drawn["share"], share, rtol=5e-3)
+        assert (drawn["low"], drawn["high"]) == (edges[0], edges[-1])
+        after = pages[layer.name]["values-after"]
+        assert sum(after["share"]) == pytest.approx(100, rel=5e-3)
+        # rounding moves no end by more than a step
+        steps = float(abs(layer.weight).max()) / 100
+        assert after["low"] == pytest.approx(drawn["low"], abs=steps)
+        assert after["high"] == pytest.approx(drawn["high"], abs=steps)
+
+
+def test_what_a_layer_reads_is_shown_with_the_range_that_was_chosen(tmp_path):
+    proto = models.parse("g (float[N,4] x) => (float[] y) <float[4,3] w> { y = Gemm(x, w) }")
+    data = [{"x": np.full((1, 4), v, np.float32)} for v in (-1.0, 1.0, 1.0, 3.0)]
+    out = tmp_path / "page.html"
+    onnxq.quantize(load(proto), calib=data, method="minmax", report=out)
+    (detail,) = unpacked(out.read_text(encoding="utf-8"))["layers"]
+    low, high = detail["charts"]["activation"]["clip"]
+    assert low == pytest.approx(-1, abs=4 / 255)
+    assert high == pytest.approx(3, abs=4 / 255)
+    assert ["values", "-1 to 3"] in detail["facts"]
+    assert ["clipped", "0 % of values"] in detail["facts"]
 
 
 def test_names_are_text_whatever_they_hold(tmp_path):
@@ -327,7 +367,7 @@ def test_what_is_not_known_is_said():
     assert unreached["charts"]["activation"] == {"text": "no sample reached this layer"}
     assert unreached["charts"]["formats"] == {"text": "no sample reached it"}
     assert broken["charts"]["ranges"] == {"text": "holds values that are not finite"}
-    assert broken["charts"]["weights"] == {"text": "holds values that are not finite"}
+    assert broken["charts"]["values"] == {"text": "holds values that are not finite"}
     nothing = analysis_page(analyses.analysis([]))
     assert "nothing to quantize" in nothing
     assert "no layers" in nothing
