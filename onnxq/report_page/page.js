@@ -268,8 +268,9 @@ async function copy(button) {
   const pre = button.parentElement.querySelector("pre");
   getSelection().selectAllChildren(pre); // what a browser refuses to copy is at least selected
   const written = navigator.clipboard?.writeText(pre.textContent) ?? Promise.reject();
-  button.textContent = await written.then(() => "Copied", () => "Selected");
-  setTimeout(() => { button.textContent = "Copy"; }, 2000);
+  const said = await written.then(() => "Copied", () => "Selected");
+  for (const other of document.querySelectorAll(".copy")) other.textContent = "Copy";
+  button.textContent = said;
 }
 
 // ---------------------------------------------------------------- start

@@ -1,5 +1,6 @@
 """Pages in a browser: charts are drawn to scale, linked to the table, and nothing is loaded."""
 
+import re
 import shutil
 from io import BytesIO
 
@@ -91,6 +92,16 @@ def runs(mask):
     return [int(columns[a:b].sum()) for a, b in edges.reshape(-1, 2) if b - a > 4]
 
 
+def drawn_bars(tab, colour, count=4):
+    """The bars of the first chart, once they are all painted in a colour."""
+    for _ in range(50):
+        areas = runs(pixels(tab, "#plot-share", colour))
+        if len(areas) == count:
+            return np.array(areas)
+        tab.wait_for_timeout(100)
+    raise AssertionError(f"{len(areas)} bars of {colour}")
+
+
 def chosen(tab):
     """The layer that is chosen: in the table, in the detail, in two sources, and at a line."""
     return tab.evaluate(
@@ -111,14 +122,14 @@ def names(tab):
 
 def test_bars_are_to_scale(opened):
     tab = opened(content())
-    areas = np.array(runs(pixels(tab, "#plot-share", BLUE)))
-    assert areas.size == 4
+    areas = drawn_bars(tab, BLUE)
     # the line of the chosen layer covers a part of its bar
     np.testing.assert_allclose(areas / areas.sum(), SHARES, atol=0.02)
 
 
 def test_every_chart_has_marks(opened):
     tab = opened(content())
+    drawn_bars(tab, BLUE)
     count = tab.locator(".plot").count()
     assert count == 4 + 5  # along the graph, and of the layer that is chosen
     for index in range(count):
@@ -159,6 +170,7 @@ def test_a_row_chooses_its_layer_everywhere(opened):
 
 def test_a_bar_chooses_its_row(opened):
     tab = opened(content())
+    drawn_bars(tab, BLUE)
     mask = pixels(tab, "#plot-share", BLUE)
     columns = np.flatnonzero(mask.any(axis=0))
     rows = np.flatnonzero(mask[:, columns[-4]])
@@ -263,16 +275,16 @@ def test_commands_are_copied(opened):
     tab.locator(".fragile .copy").first.click()
     selected = tab.evaluate("getSelection().toString()")
     assert selected == "onnxq quantize --format 'conv_b=int16'"
-    assert tab.locator(".fragile .copy").first.inner_text() in ("Copied", "Selected")
+    said = sync_api.expect(tab.locator(".fragile .copy").first)
+    said.to_have_text(re.compile("Copied|Selected"))
 
 
 def test_dark(opened):
     tab = opened(content(), color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 23, 25)"
-    assert len(runs(pixels(tab, "#plot-share", BRIGHT_BLUE))) == 4
+    drawn_bars(tab, BRIGHT_BLUE)
     tab.emulate_media(color_scheme="light")
-    tab.wait_for_timeout(300)
-    assert len(runs(pixels(tab, "#plot-share", BLUE))) == 4
+    drawn_bars(tab, BLUE)
 
 
 def test_a_phone(opened):
