@@ -261,7 +261,8 @@ class _Run:
                 continue
             frontier.advance(layer.x.name)
             xs = [*frontier.values(layer.x.name)]
-            frontier.advance(layer.y.name)
+            output = nodes[layer.name].output[0]  # in a simulated model of another name, perhaps
+            frontier.advance(output)
             yield (
                 index,
                 _Work(

@@ -107,6 +107,7 @@ def analysis(layers, **others):
         layers=layers,
         tensors=tensors,
         agreement=[Agreement("weights", "int8/channel", len(layers), 0.97)],
+        totals={"sqnr_db": 20.0},
         seconds={"calibration": 1.5},
         **others,
     )

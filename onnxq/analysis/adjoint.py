@@ -35,23 +35,23 @@ class Gradient:
     Args:
         x: The activation that it reads.
         output: Gradient with respect to its output, shaped as that.
-        input_energy: Sum of the squares of the gradient with respect to its input, of what goes
-            through this layer alone.
+        input: Gradient with respect to its input, of what goes through this layer alone.
     """
 
     x: np.ndarray
     output: np.ndarray
-    input_energy: float
+    input: np.ndarray
 
 
 class Adjoint:
     """A model together with its adjoint, for samples of the shapes of one of them.
 
+    One thread runs a sample; several samples may run side by side.
+
     Args:
         model: The model; floats.
         layers: The layers that gradients are wanted of.
         feed: A sample.
-        threads: Threads of onnxruntime.
 
     Attributes:
         outputs: The floating-point outputs, name -> shape: what directions are fed for.
@@ -67,8 +67,6 @@ class Adjoint:
         model: Model,
         layers: Sequence[Layer],
         feed: Mapping[str, np.ndarray],
-        *,
-        threads: int = 0,
     ) -> None:
         copy = model.clone()
         copy.raise_opset(_OPSET)
@@ -87,14 +85,15 @@ class Adjoint:
             layer = wanted.get(node.output[0]) if node.output else None
             gradient = tape.gradient(node.output[0]) if layer is not None else None
             if layer is not None and gradient is not None:
-                energy = tape.energy(found[1 - layer.side])
-                self._fetched[layer.name] = layer.x.name, gradient, energy
+                part = found[1 - layer.side]
+                if part is not None:
+                    self._fetched[layer.name] = layer.x.name, gradient, part
         self.partial = {
             layer.name: self._cut[name] for name, layer in wanted.items() if name in self._cut
         }
         names = list(dict.fromkeys(n for triple in self._fetched.values() for n in triple))
         inner = [n for n in names if n not in feed]
-        self._session = Session(tape.model(), outputs=inner, threads=threads)
+        self._session = Session(tape.model(), outputs=inner, threads=1)
 
     @property
     def layers(self) -> list[str]:
@@ -117,8 +116,8 @@ class Adjoint:
         """
         seeds = {seed_name(n): np.asarray(a, np.float32) for n, a in direction.items()}
         values = {**feed, **self._session.run_shared({**feed, **seeds})}
-        for name, (x, gradient, energy) in self._fetched.items():
-            yield name, Gradient(values[x], values[gradient], float(values[energy]))
+        for name, (x, gradient, part) in self._fetched.items():
+            yield name, Gradient(values[x], values[gradient], values[part])
 
     def _reverse(self, tape: Tape, node: onnx.NodeProto) -> list[str | None]:
         """Take gradients from the outputs of a node to its inputs; those that it adds to these."""

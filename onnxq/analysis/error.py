@@ -14,7 +14,7 @@ from onnxq.errors import CalibrationError, ModelError
 from onnxq.runtime import Session
 from onnxq.signature import TensorSpec
 
-__all__ = ["LARGEST_SQNR_DB", "OutputError", "Sums", "between", "compare"]
+__all__ = ["LARGEST_SQNR_DB", "OutputError", "between", "compare"]
 
 Pair = tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
 
@@ -65,7 +65,7 @@ def compare(
 ) -> list[OutputError]:
     """Run two models on the same samples and compare their outputs, matched by name.
 
-    Sums are float64.  Infinities and NaN that both models give in the same places are left out,
+    _Sums are float64.  Infinities and NaN that both models give in the same places are left out,
     and counted.
 
     Args:
@@ -111,7 +111,7 @@ def between(pairs: Iterable[Pair], names: Sequence[str]) -> list[OutputError]:
     Raises:
         ModelError: Shapes differ, or one side has NaN or infinities where the other has numbers.
     """
-    sums = {name: Sums(name) for name in names}
+    sums = {name: _Sums(name) for name in names}
     count = 0
     for count, (wanted, got) in enumerate(pairs, 1):
         for name in names:
@@ -132,12 +132,8 @@ def _match(what: str, wanted: list[TensorSpec], got: list[TensorSpec]) -> None:
 
 
 @dataclass
-class Sums:
-    """What the measures of one output need: sums, no samples.
-
-    Args:
-        name: Of the output.
-    """
+class _Sums:
+    """What the measures of one output need: sums, no samples."""
 
     name: str
     signal: float = 0.0
@@ -153,11 +149,6 @@ class Sums:
     floats: bool = False
 
     def add(self, ref: np.ndarray, out: np.ndarray, sample: int) -> None:
-        """Take in one sample.
-
-        Raises:
-            ModelError: Shapes differ, or one has NaN or infinities where the other has numbers.
-        """
         if ref.shape != out.shape:
             wanted, got = (" x ".join(map(str, a.shape)) or "a scalar" for a in (ref, out))
             raise ModelError(
@@ -195,7 +186,6 @@ class Sums:
             self.positions += same.size
 
     def result(self, samples: int) -> OutputError:
-        """The measures over so many samples."""
         if not self.values:  # no tensor, or without any value
             return OutputError(self.name, samples)
         if not self.floats:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from onnxq.analysis.error import Sums
 from onnxq.analysis.findings import TensorFindings
-from onnxq.errors import ModelError
+from onnxq.analysis.sensitivity import decibel
 from onnxq.frontier import AS_WRITTEN
+from onnxq.kernels.difference import powers
 from onnxq.model import Model
 from onnxq.runtime import Session
 
 __all__ = ["error_flow"]
+
+_Powers = dict[str, tuple[float, float]]
 
 
 def error_flow(
@@ -21,7 +25,7 @@ def error_flow(
     simulated: Model,
     samples: Iterable[Mapping[str, np.ndarray]],
     *,
-    threads: int = 0,
+    threads: int = 1,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> list[TensorFindings]:
     """SQNR of each tensor of a simulated model, in graph order.
@@ -30,21 +34,26 @@ def error_flow(
         model: The float model.
         simulated: What `onnxq.simulation.simulated` makes of it.
         samples: What to run both on; one at a time in memory.
-        threads: Threads of onnxruntime.
+        threads: Samples that are run side by side.
         progress: Called with 1 after each sample.
     """
     made = [t.name for node in model.graph.nodes for t in node.outputs if t.name]
     raw, rounded = _names(model, simulated)
     inside = [n for n in dict.fromkeys([*raw.values(), *rounded.values()]) if n not in model.inputs]
-    before = Session(model.to_proto(made), outputs=made, threads=threads)
-    after = Session(simulated.to_proto(inside), outputs=inside, threads=threads, config=AS_WRITTEN)
+    before = Session(model.to_proto(made), outputs=made, threads=1)
+    after = Session(simulated.to_proto(inside), outputs=inside, threads=1, config=AS_WRITTEN)
     computed, written = _Flow(raw), _Flow(rounded)
-    for index, feed in enumerate(samples):
+
+    def one(feed: Mapping[str, np.ndarray]) -> tuple[_Powers, _Powers]:
         wanted = {**feed, **before.run_shared(feed)}
         got = after.run_shared(feed)
-        computed.add(wanted, got, index)
-        written.add(wanted, got, index)
-        progress(1)
+        return computed.powers(wanted, got), written.powers(wanted, got)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for parts in pool.map(one, samples):
+            computed.add(parts[0])
+            written.add(parts[1])
+            progress(1)
     found = [TensorFindings(n, "", "", None, written.sqnr(n)) for n in model.inputs if n in rounded]
     seen = {f.name: f.written_sqnr_db for f in found}
     for node in model.graph.nodes:
@@ -88,24 +97,27 @@ class _Flow:
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
         self.notes: dict[str, str] = {}
-        self._sums = {name: Sums(name) for name in names}
-        self._count = 0
+        self._total: dict[str, np.ndarray] = {}
 
-    def add(
-        self, wanted: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], index: int
-    ) -> None:
-        """Take in one sample."""
-        self._count += 1
+    def powers(self, wanted: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray]) -> _Powers:
+        """Signal and noise of each tensor of floats; NaN where shapes differ."""
+        found = {}
         for name, other in self.names.items():
-            if name in self.notes or name not in wanted or other not in got:
-                continue
-            try:
-                self._sums[name].add(wanted[name], got[other], index)
-            except ModelError as error:
-                self.notes[name] = error.what
+            a, b = wanted.get(name), got.get(other)
+            if a is not None and b is not None and a.dtype.kind == "f" and a.size:
+                found[name] = powers(a, b) if a.shape == b.shape else (np.nan, np.nan)
+        return found
+
+    def add(self, found: _Powers) -> None:
+        """Take in one sample."""
+        for name, pair in found.items():
+            self._total[name] = self._total.get(name, np.zeros(2)) + pair
+            if not np.isfinite(pair).all():
+                self.notes[name] = "values are NaN or infinite, or of another shape"
 
     def sqnr(self, name: str) -> float | None:
         """SQNR in dB; None where there is none."""
-        if name in self.notes or name not in self._sums:
+        if name in self.notes or name not in self._total:
             return None
-        return self._sums[name].result(self._count).sqnr_db
+        signal, noise = self._total[name].tolist()
+        return decibel(noise / signal if signal > 0 else math.inf if noise > 0 else 0.0)

@@ -14,6 +14,7 @@ __all__ = [
     "Advice",
     "Agreement",
     "Analysis",
+    "Compression",
     "Histogram",
     "LayerFindings",
     "Outlier",
@@ -125,6 +126,27 @@ class Advice:
 
 
 @dataclass(frozen=True)
+class Compression:
+    """What a layer may become by compression.
+
+    Args:
+        method: Name of the pass that makes it.
+        ratio: The share that is kept.
+        macs: Multiply-accumulates a sample afterwards.
+        bytes: Bytes of the parameters afterwards.
+        error: Expected squared error of the layer's output, relative to its power.
+        effect: The same of the model's outputs; None where the layer's gain is not known.
+    """
+
+    method: str
+    ratio: float
+    macs: int
+    bytes: int
+    error: float
+    effect: float | None
+
+
+@dataclass(frozen=True)
 class LayerFindings:
     """One layer.
 
@@ -147,6 +169,10 @@ class LayerFindings:
         share: Of the noise expected of all layers in the formats that are ranked; None where not
             known.
         fragility: Its place among the layers, 1 the most fragile; None where share is None.
+        left_in_float: What is left of the error where this layer alone stays in float, and all else
+            is quantized, relative to the power of the outputs; None where that was not measured.
+        left_in_float_metric: What the caller's metric gave then.
+        compressions: What it may become by compression.
         reason: Why it is fragile, or why that is not known; one sentence.
         advice: What would help; empty where nothing needs to.
     """
@@ -167,6 +193,9 @@ class LayerFindings:
     gain: float | None = None
     share: float | None = None
     fragility: int | None = None
+    left_in_float: float | None = None
+    left_in_float_metric: float | None = None
+    compressions: tuple[Compression, ...] = ()
     reason: str = ""
     advice: tuple[Advice, ...] = ()
 

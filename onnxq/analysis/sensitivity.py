@@ -8,17 +8,19 @@ the output along v with respect to what the layer puts out::
     E (v change)^2  =  E <d, sum over positions of G x^T>^2
                     ~  E sum over rows r of <d_r, (sum of G x^T)_r>^2
 
-since the rows are rounded independently of each other.  A bias that is corrected takes the mean of
-x out of it.  Rounding noise of the layer's input is as good as white, with a known power n, so that
-it gives n times the squared gradient with respect to the input.  The gradients of all layers come
-from one run per sample, whatever the number of layers and formats.
+since the rows are rounded independently of each other; what the terms between rows add is believed
+as far as it shows beyond its own scatter.  A bias that is corrected takes the mean of x out of it.
+Rounding the layer's input by e gives E sum of (g e)^2 in the same way, g the gradient with respect
+to it.  The gradients of all layers come from one run per sample, whatever the number of layers and
+formats.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +33,7 @@ from onnxq.patches import PatchSource, rows_of
 from onnxq.second_order import SecondOrder, takes_bias
 
 __all__ = [
-    "Effects",
+    "PARTS",
     "Part",
     "Probe",
     "Sensitivity",
@@ -45,6 +47,7 @@ __all__ = [
 ]
 
 Part = Literal["weights", "activations"]
+PARTS: tuple[Part, Part] = ("weights", "activations")
 # Bytes of patches that are drawn at once.
 _CHUNK = 16 << 20
 
@@ -93,8 +96,10 @@ def decibel(effect: float | None) -> float | None:
     """A share of noise as SQNR in dB, held within +-`LARGEST_SQNR_DB`."""
     if effect is None:
         return None
-    if effect <= 0:
+    if not effect > 0:
         return LARGEST_SQNR_DB
+    if math.isinf(effect):
+        return -LARGEST_SQNR_DB
     return min(max(-10 * math.log10(effect), -LARGEST_SQNR_DB), LARGEST_SQNR_DB)
 
 
@@ -145,81 +150,100 @@ def _alpha(layer: Layer) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A layer, and the errors of its weight whose effects are wanted.
+    """A layer, and the errors whose effects are wanted.
 
     Args:
         layer: The layer.
         mean: The mean patch of its input, [G, K].
-        errors: Key -> error, [G, R, K].
+        errors: Key -> error of its weight, [G, R, K].
+        roundings: Key -> how its input is rounded.
     """
 
     layer: Layer
     mean: np.ndarray
     errors: Mapping[Hashable, np.ndarray]
-
-
-@dataclass(eq=False)
-class Effects:
-    """Effects at the model's outputs, relative to their power.
-
-    Args:
-        weights: Layer -> key -> effect.
-        inputs: Layer -> effect of white noise of power 1 in what it reads.
-        samples: How many samples they are over.
-    """
-
-    weights: dict[str, dict[Hashable, float]] = field(default_factory=dict)
-    inputs: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
+    roundings: Mapping[Hashable, Encoding]
 
 
 def expected_effects(
     adjoint: Adjoint,
     probes: Iterable[Probe],
-    samples: Iterable[Mapping[str, np.ndarray]],
+    samples: Sequence[Mapping[str, np.ndarray]],
     powers: Mapping[str, float],
     rng: np.random.Generator,
+    *,
+    threads: int = 1,
     progress: Callable[[int], object] = lambda steps: None,
-) -> Effects:
-    """What errors of weights, and noise in inputs, are expected to do to the outputs.
+) -> dict[str, dict[Hashable, float]]:
+    """What errors of weights and inputs are expected to do to the outputs, relative to their power.
 
     Args:
         adjoint: The model and its adjoint.
         probes: The layers and errors.
-        samples: Samples; those that do not fit the adjoint are left out.
+        samples: Samples that fit the adjoint.
         powers: Sum of the squares of each output, of the mean sample.
         rng: Draws directions.
+        threads: Samples that are run side by side.
         progress: Called with 1 after each sample.
+
+    Returns:
+        Layer -> key -> effect; layers that no output depends on are missing.
     """
     wanted = {p.layer.name: p for p in probes if p.layer.name in adjoint.layers}
-    found = Effects({n: dict.fromkeys(p.errors, 0.0) for n, p in wanted.items()})
-    found.inputs = dict.fromkeys(wanted, 0.0)
-    alive = {n: s for n, s in adjoint.outputs.items() if powers.get(n, 0.0) > 0}
-    scales = {n: 1 / math.sqrt(powers[n] * len(alive)) for n in alive}
-    for feed in samples:
-        progress(1)
-        if not adjoint.fits(feed):
-            continue
-        found.samples += 1
-        direction = {
-            n: rng.choice(np.array([-1.0, 1.0], np.float32), s) * np.float32(scales[n])
-            if n in alive
-            else np.zeros(s, np.float32)
-            for n, s in adjoint.outputs.items()
-        }
-        for name, gradient in adjoint.run(feed, direction):
-            if name in wanted:
-                found.inputs[name] += gradient.input_energy
-                pull = weight_gradient(wanted[name], gradient)
-                for key, error in wanted[name].errors.items():
-                    products = np.einsum("grk,grk->gr", error, pull)
-                    found.weights[name][key] += float(np.square(products).sum())
-    count = max(found.samples, 1)
-    found.inputs = {n: e / count for n, e in found.inputs.items()}
-    found.weights = {
-        n: {k: e / count for k, e in effects.items()} for n, effects in found.weights.items()
+    alive = [n for n in adjoint.outputs if powers.get(n, 0.0) > 0]
+    scales = dict.fromkeys(adjoint.outputs, 0.0)
+    scales |= {n: 1 / math.sqrt(powers[n] * len(alive)) for n in alive}
+    signs = np.array([-1.0, 1.0], np.float32)
+    directions = [
+        {n: rng.choice(signs, s) * np.float32(scales[n]) for n, s in adjoint.outputs.items()}
+        for _ in samples
+    ]
+    seen: dict[str, dict[Hashable, list[tuple[float, float]]]] = {
+        name: {key: [] for key in (*p.errors, *p.roundings)} for name, p in wanted.items()
     }
+
+    def one(index: int) -> dict[str, dict[Hashable, tuple[float, float]]]:
+        runs = adjoint.run(samples[index], directions[index])
+        return {name: _products(wanted[name], g) for name, g in runs if name in wanted}
+
+    with ThreadPoolExecutor(threads) as pool:
+        for found in pool.map(one, range(len(samples))):
+            for name, products in found.items():
+                for key, pair in products.items():
+                    seen[name][key].append(pair)
+            progress(1)
+    return {
+        name: {key: _believed(np.array(pairs)) for key, pairs in row.items()}
+        for name, row in seen.items()
+    }
+
+
+def _products(probe: Probe, gradient: Gradient) -> dict[Hashable, tuple[float, float]]:
+    """Sum of squares, and square of the sum, of what the parts of each error do to the outputs."""
+    found: dict[Hashable, tuple[float, float]] = {}
+    pull = weight_gradient(probe, gradient)
+    for key, error in probe.errors.items():
+        products = np.einsum("grk,grk->gr", error, pull)
+        found[key] = float(np.square(products).sum()), float(products.sum()) ** 2
+    for key, encoding in probe.roundings.items():
+        change = (encoding.fake_quantize(gradient.x) - gradient.x) * gradient.input
+        square = float(np.square(change, dtype=np.float64).sum())
+        found[key] = square, square  # terms between so many values are nothing but scatter
     return found
+
+
+def _believed(pairs: np.ndarray) -> float:
+    """The mean sum of squares, with the terms between its parts as far as these can be believed.
+
+    Args:
+        pairs: Sum of squares, and square of the sum, of each sample, [S, 2].
+    """
+    alone, between = pairs[:, 0], pairs[:, 1] - pairs[:, 0]
+    mean = float(between.mean())
+    if len(pairs) < 2 or mean == 0:
+        return float(alone.mean())
+    scatter = float(between.var(ddof=1)) / len(pairs)
+    return float(alone.mean()) + max(0.0, 1 - scatter / mean**2) * mean
 
 
 def weight_gradient(probe: Probe, gradient: Gradient) -> np.ndarray:

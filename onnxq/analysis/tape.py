@@ -145,12 +145,6 @@ class Tape:
         found = self.summed(name, axes) if axes else name
         return found if aligned == wanted else self.reshaped(found, wanted)
 
-    def energy(self, name: str | None) -> str:
-        """The sum of the squares of a tensor, a scalar."""
-        if name is None:
-            return self("Identity", self.constant(0.0))
-        return self("ReduceSum", self("Mul", name, name), keepdims=0)
-
     def _fresh(self, what: str) -> str:
         self._count += 1
         return f"adjoint/{what}/{self._count}"

@@ -12,12 +12,12 @@ from pathlib import Path
 from onnxq.analysis.findings import Analysis
 from onnxq.analysis.weight_ranges import LayerRanges
 from onnxq.report import Report, write_text
-from onnxq.report_page.analysis import Curves, of_analysis
+from onnxq.report_page.analysis import of_analysis
 from onnxq.report_page.page import check_installed, page
 from onnxq.report_page.run import of_run
 from onnxq.report_page.watch import Seen, Watch
 
-__all__ = ["Curves", "Watch", "check_installed", "write_analysis", "write_run"]
+__all__ = ["Watch", "check_installed", "write_analysis", "write_run"]
 
 
 def write_run(
@@ -37,12 +37,10 @@ def write_run(
     write_text(path, page(of_run(title, report, layers, recipe, seed, seen)))
 
 
-def write_analysis(
-    path: Path, title: str, analysis: Analysis, curves: Curves | None = None
-) -> None:
+def write_analysis(path: Path, title: str, analysis: Analysis) -> None:
     """Write the page of an analysis, see `of_analysis`.
 
     Raises:
         OnnxqError: The file cannot be written, or the library that draws charts is missing.
     """
-    write_text(path, page(of_analysis(title, analysis, curves)))
+    write_text(path, page(of_analysis(title, analysis)))

@@ -11,6 +11,7 @@ import numpy as np
 from onnxq.analysis.findings import (
     Advice,
     Analysis,
+    Compression,
     LayerFindings,
     WeightFindings,
 )
@@ -37,21 +38,17 @@ from onnxq.report_page.layer_charts import (
     reads,
 )
 
-__all__ = ["Curves", "of_analysis"]
-
-# Layer -> what methods of compression cost it: method, share that is kept, relative error.
-Curves = Mapping[str, Sequence[tuple[str, float, float]]]
+__all__ = ["of_analysis"]
 
 MOST_FRAGILE = 5
 
 
-def of_analysis(title: str, analysis: Analysis, curves: Curves | None = None) -> Content:
+def of_analysis(title: str, analysis: Analysis) -> Content:
     """What the page of an analysis shows.
 
     Args:
         title: The model.
         analysis: What was found.
-        curves: What compression costs each layer, where that is known.
     """
     layers = analysis.layers
     index = {layer.name: i for i, layer in enumerate(layers)}
@@ -67,7 +64,7 @@ def of_analysis(title: str, analysis: Analysis, curves: Curves | None = None) ->
         facts=tuple(_facts(analysis)),
         names=[layer.name for layer in layers],
         columns=_columns(analysis),
-        details=[_detail(layer, (curves or {}).get(layer.name, ()), points) for layer in layers],
+        details=[_detail(layer, points) for layer in layers],
         formats=[f"{written} {part}" for part, written in formats],
         fragile=fragile,
         chosen=fragile[0].layer if fragile else 0,
@@ -101,12 +98,11 @@ def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
     yield "MACs", f"{millions(sum(macs))} a sample" if macs else "not known"
     yield "parameters", millions(sum(layer.parameters for layer in layers))
     yield "layers", f"{len(layers):,}"
-    effects = [_ranked(layer, analysis) for layer in layers]
-    known = [e for e in effects if e is not None]
-    if known:
-        unknown = len(effects) - len(known)
-        more = f", {unknown} layers not known" if unknown else ""
-        yield "expected SQNR", f"{decibel(sum(known)):.1f} dB{more}"
+    expected = analysis.totals.get("sqnr_db")
+    if expected is not None:
+        unknown = sum(layer.share is None for layer in layers)
+        more = f", {unknown} of {len(layers)} layers not known" if unknown else ""
+        yield "expected SQNR", f"{expected:.1f} dB{more}"
     for name, count in analysis.samples.items():
         yield f"samples, {name}", f"{count:,}"
     if analysis.seconds:
@@ -239,9 +235,7 @@ def _columns(analysis: Analysis) -> list[Column]:
 # ---------------------------------------------------------------------- a layer
 
 
-def _detail(
-    layer: LayerFindings, curves: Sequence[tuple[str, float, float]], points: int
-) -> Detail:
+def _detail(layer: LayerFindings, points: int) -> Detail:
     charts: dict[str, Any] = {"ranges": per_channel(_ranges(layer.weights), points)}
     charts["values"] = histogram(layer.weights.histogram, points)
     if layer.activation is not None:
@@ -250,8 +244,8 @@ def _detail(
         why = "what it reads is not known" if layer.executed else "no sample reached this layer"
         charts["activation"] = {"text": why}
     charts["formats"] = _by_format(layer.sensitivities)
-    if curves:
-        charts["curves"] = _curves(curves)
+    if layer.compressions:
+        charts["curves"] = _curves(layer.compressions)
     facts = tuple(_layer_facts(layer))
     return Detail(facts, _why(layer), _remedies(layer.advice), charts)
 
@@ -272,6 +266,8 @@ def _layer_facts(layer: LayerFindings) -> Iterator[tuple[str, str]]:
     yield "bytes in float", f"{layer.bytes:,}"
     if layer.gain is not None:
         yield "gain", f"{layer.gain:.3g}"
+    if layer.left_in_float is not None:
+        yield "SQNR with it in float", f"{decibel(layer.left_in_float):.1f} dB"
     if layer.weights.outliers:
         yield "outlier channels of weights", outlying(layer.weights.outliers)
     if read is not None:
@@ -303,11 +299,11 @@ def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
     }
 
 
-def _curves(curves: Sequence[tuple[str, float, float]]) -> dict[str, Any]:
-    methods = {method: [] for method, _, _ in curves}  # type: dict[str, list[list[float]]]
-    for method, ratio, error in sorted(curves):
-        if math.isfinite(error):
-            methods[method].append([round(ratio, 4), float(f"{error:.4g}")])
+def _curves(compressions: Sequence[Compression]) -> dict[str, Any]:
+    methods: dict[str, list[list[float]]] = {c.method: [] for c in compressions}
+    for c in sorted(compressions, key=lambda c: c.ratio):
+        if math.isfinite(c.error):
+            methods[c.method].append([round(c.ratio, 4), float(f"{c.error:.4g}")])
     return {"text": ", ".join(methods), "methods": methods}
 
 
@@ -323,14 +319,6 @@ def _formats(layers: Sequence[LayerFindings]) -> list[tuple[str, str]]:
         if s.effect is not None or s.measured is not None
     )
     return sorted(found, key=lambda pair: pair[0] != "weights")
-
-
-def _ranked(layer: LayerFindings, analysis: Analysis) -> float | None:
-    """What a layer adds in the formats that are ranked; None where that is not known."""
-    pairs = (("weights", analysis.weights), ("activations", analysis.activations))
-    found = [s for s in layer.sensitivities if (s.part, s.format) in pairs]
-    effects = [s.effect for s in found if s.effect is not None]
-    return sum(effects) if effects else None
 
 
 def _decibel(layer: LayerFindings, part: str, written: str) -> float:

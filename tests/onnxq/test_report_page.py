@@ -1,6 +1,7 @@
 """Pages: they say what was found, load nothing, and take any name."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import importlib.util
@@ -14,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 import onnxq
+from onnxq.analysis.findings import Compression
 from onnxq.analysis.weight_ranges import ChannelRanges, LayerRanges
 from onnxq.cli import main
 from onnxq.errors import OnnxqError
@@ -316,8 +318,8 @@ def test_histograms_are_shares_of_all_values():
 # ---------------------------------------------------------------------- an analysis
 
 
-def analysis_page(found, curves=None):
-    return page(of_analysis("m.onnx", found, curves))
+def analysis_page(found):
+    return page(of_analysis("m.onnx", found))
 
 
 def test_the_most_fragile_layers_come_first_with_reason_and_command():
@@ -374,9 +376,11 @@ def test_what_is_not_known_is_said():
 
 
 def test_curves_of_compression():
-    found = analyses.analysis([analyses.layer("a", 0.75, 1), analyses.layer("b", 0.25, 2)])
-    curves = {"b": [("svd", 0.5, 0.04), ("svd", 0.25, 0.16), ("pruning", 0.5, float("nan"))]}
-    first, second = (d["charts"] for d in unpacked(analysis_page(found, curves))["layers"])
+    made = [("svd", 0.5, 0.04), ("svd", 0.25, 0.16), ("pruning", 0.5, float("nan"))]
+    curves = tuple(Compression(m, r, 10, 10, e, None) for m, r, e in made)
+    second = dataclasses.replace(analyses.layer("b", 0.25, 2), compressions=curves)
+    text = analysis_page(analyses.analysis([analyses.layer("a", 0.75, 1), second]))
+    first, second = (d["charts"] for d in unpacked(text)["layers"])
     assert "curves" not in first
     assert second["curves"]["methods"] == {"svd": [[0.25, 0.16], [0.5, 0.04]], "pruning": []}
 
