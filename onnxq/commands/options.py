@@ -141,9 +141,8 @@ report = click.option(
     "--report",
     type=FILE,
     metavar="FILE",
-    help="Also write the results as a page that opens offline, as in --report out.html: charts and"
-    " a table of layers, with what each channel's weights were before and after. Needs pip install"
-    " onnxq[report].",
+    help="Also write the results as a page that opens offline, as in --report out.html: charts,"
+    " linked to a table of the layers. Needs pip install onnxq[report].",
 )
 seed = click.option(
     "--seed",

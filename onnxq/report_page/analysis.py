@@ -53,7 +53,7 @@ def of_analysis(title: str, analysis: Analysis) -> Content:
     layers = analysis.layers
     index = {layer.name: i for i, layer in enumerate(layers)}
     fragile = [
-        Fragile(index[layer.name], _noise(layer), layer.reason, _remedies(layer.advice))
+        Fragile(index[layer.name], _noise(layer), _sentence(layer.reason), _remedies(layer.advice))
         for layer in analysis.fragile[:MOST_FRAGILE]
     ]
     formats = _formats(layers)
@@ -88,7 +88,8 @@ def _lead(analysis: Analysis) -> str:
     if not found:
         return f"What quantization does to each layer ({ranked}) is not known; the notes say why."
     worst = found[0]
-    return f"The most fragile layer is {worst.name} ({_noise(worst)}; {ranked}). {worst.reason}"
+    why = f": {worst.reason.rstrip('.')}" if worst.reason else ""
+    return f"The most fragile layer is {worst.name}{why}. It makes {_noise(worst)} with {ranked}."
 
 
 def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
@@ -103,8 +104,8 @@ def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
         unknown = sum(layer.share is None for layer in layers)
         more = f", {unknown} of {len(layers)} layers not known" if unknown else ""
         yield "expected SQNR", f"{expected:.1f} dB{more}"
-    for name, count in analysis.samples.items():
-        yield f"samples, {name}", f"{count:,}"
+    if analysis.samples:
+        yield "samples", ", ".join(f"{n:,} {what}" for what, n in analysis.samples.items())
     if analysis.seconds:
         yield "seconds", f"{sum(analysis.seconds.values()):.1f}"
 
@@ -338,16 +339,21 @@ def _noise(layer: LayerFindings) -> str:
 
 
 def _why(layer: LayerFindings) -> str:
-    unreached = "" if layer.executed else "No sample reached it."
-    return layer.reason or unreached
+    unreached = "" if layer.executed else "no sample reached it"
+    return _sentence(layer.reason or unreached)
+
+
+def _sentence(words: str) -> str:
+    """Words that begin with a capital letter and end with a stop."""
+    return words and words[0].upper() + words[1:].rstrip(".") + "."
 
 
 def _remedies(advice: Sequence[Advice]) -> list[Remedy]:
     return [
         Remedy(
-            a.text,
+            _sentence(a.text),
             a.command,
-            "" if a.removes is None else f"takes away {100 * a.removes:.0f} % of all noise",
+            "" if a.removes is None else f"Takes away {100 * a.removes:.0f} % of all noise.",
         )
         for a in advice
     ]

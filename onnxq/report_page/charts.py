@@ -82,7 +82,7 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
         x_axis_label=f"{place}, from the inputs to the outputs",
         y_axis_label=chart.unit,
         x_range=Range1d(start=0.3, end=max(count, 1) + 0.7, bounds=(0, max(count, 1) + 1)),
-        y_range=DataRange1d(start=0) if bars else DataRange1d(),
+        y_range=DataRange1d(start=0, only_visible=True) if bars else DataRange1d(only_visible=True),
         y_axis_type="log" if chart.logarithmic else "linear",
         toolbar_location="above",
         height=260,
