@@ -30,6 +30,7 @@ from onnxq.passes import Calibrate
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.runtime import Session, cores, versions
+from onnxq.second_order import correct_bias, rows_of, takes_bias
 from onnxq.simulation import simulated
 from onnxq.targets import Target
 from onnxq.trials import Metric, Trial, all_but_one, one_at_a_time
@@ -55,7 +56,7 @@ def analyze(
     weights: str = "int8/channel",
     activations: str = "uint8",
     exclude: Sequence[str] = (),
-    target: str | Target = "ort-cpu",
+    target: str | Target | None = None,
     measure: Measured | None = None,
     metric: Metric | None = None,
     trial_samples: int = TRIAL_SAMPLES,
@@ -76,7 +77,7 @@ def analyze(
         weights: Format of weights by which layers are ranked.
         activations: Format of activations by which layers are ranked.
         exclude: Globs on node names and operator types that stay in float.
-        target: What the model is to run on.
+        target: What the model is to run on; None: ort-cpu.
         measure: Measure on data, too: formats of one layer at a time, all else in float, or one
             layer at a time in float, all else quantized.
         metric: A measure of one's own beside the error of the outputs: a function of an iterator
@@ -107,7 +108,7 @@ def analyze(
     ctx = Context(
         api.calibration(calib, limit, preprocess),
         seed=seed,
-        target=target,
+        target=target or "ort-cpu",
         threads=threads,
         progress=progress,
         resume=resume,
@@ -122,7 +123,7 @@ def analyze(
             every = _with(weights, WEIGHTS), _with(activations, ACTIVATIONS)
             expected = expect(known, ctx, *every, seed)
         feeds = [*ctx.spread(session, max(trial_samples, FLOW_SAMPLES))]
-        written = simulated(model, ctx.target)
+        written = simulated(_corrected(model, expected), ctx.target)
         with clock("error along the graph"):
             flow = _flow(model, written, feeds[:FLOW_SAMPLES], ctx)
         layers = layer_findings(known, expected, feeds[0], ctx.progress, (weights, activations))
@@ -257,6 +258,16 @@ class _Trials:
             else layer
             for layer in layers
         ]
+
+
+def _corrected(model: Model, expected: Expected) -> Model:
+    """A copy of the model with biases corrected for the rounding of weights to nearest."""
+    copy = model.clone()
+    for layer in copy.layers():
+        encoding, mean = layer.weight_encoding, expected.means.get(layer.name)
+        if encoding is not None and mean is not None and takes_bias(layer):
+            correct_bias(layer, rows_of(layer, encoding.fake_quantize(layer.weight)), mean)
+    return copy
 
 
 def _flow(

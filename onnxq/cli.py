@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import click
 
+from onnxq.commands.analyze import analyze
 from onnxq.commands.compare import compare
 from onnxq.commands.deploy import deploy
 from onnxq.commands.group import Group
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for _verb in (quantize, run, compare, inspect, deploy, passes):
+for _verb in (quantize, run, compare, analyze, inspect, deploy, passes):
     main.add_command(_verb)

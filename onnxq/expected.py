@@ -36,7 +36,7 @@ __all__ = ["Expected", "Key", "expect"]
 Key = tuple[Part, str]
 _Effects = Mapping[str, Mapping[Hashable, float]]
 # Samples and patches a layer that second moments come from, and samples that gradients do.
-MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 64, 4096, 32
+MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 32, 2048, 32
 MEMORY_MB = 1024
 
 

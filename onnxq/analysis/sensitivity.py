@@ -254,15 +254,16 @@ def weight_gradient(probe: Probe, gradient: Gradient) -> np.ndarray:
         g = np.moveaxis(g, 1, -1)
     x = np.asarray(gradient.x, np.float32)
     g = np.ascontiguousarray(g, np.float32).reshape(source.positions(x), source.groups, -1)
-    total = np.zeros((source.groups, g.shape[2], source.columns))
+    total = np.zeros((source.groups, g.shape[2], source.columns), np.float32)
     step = max(1, _CHUNK // (4 * source.groups * source.columns))
     for start in range(0, len(g), step):
         picked = np.arange(start, min(start + step, len(g)))
         patches = source.draw(x, picked).transpose(1, 0, 2)
         total += np.matmul(g[picked].transpose(1, 2, 0), patches)
     if takes_bias(layer):
-        total -= g.sum(axis=0, dtype=np.float64)[:, :, None] * probe.mean[:, None, :]
-    return _alpha(layer) * total
+        mean = probe.mean.astype(np.float32)
+        total -= g.sum(axis=0)[:, :, None] * mean[:, None, :]
+    return np.asarray(np.float32(_alpha(layer)) * total)
 
 
 # ---------------------------------------------------------------------- how alike
