@@ -13,6 +13,7 @@ from onnxq.commands.options import (
     FILE,
     output,
     progress,
+    report,
     samples,
     seed,
     target,
@@ -79,10 +80,18 @@ __all__ = ["analyze"]
     " of the same model, samples and options left there.",
 )
 @samples
+@report
 @seed
 @threads
 @output
-def analyze(source: Path, calib: Path, json_file: Path | None, quiet: bool, **given: Any) -> None:
+def analyze(
+    source: Path,
+    calib: Path,
+    report: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+    **given: Any,
+) -> None:
     """Show which layers are fragile, why, and what would help.
 
     MODEL is a float model. For each layer and number format, the noise of rounding its weight, and
@@ -94,14 +103,19 @@ def analyze(source: Path, calib: Path, json_file: Path | None, quiet: bool, **gi
 
     Examples:
       onnxq analyze in.onnx --calib samples/
+      onnxq analyze in.onnx --calib samples/ --report out.html
       onnxq analyze in.onnx --calib samples/ --weights int4/channel --json layers.json
       onnxq analyze in.onnx --calib samples/ --measure one-at-a-time --resume work/
     """
-    from onnxq import api, tables
+    from onnxq import api, report_page, tables
     from onnxq.analyzing import analyze as run
 
-    api.check_outputs([json_file], models=[source], others=[calib])
+    api.check_outputs([report, json_file], models=[source], others=[calib])
+    if report is not None:
+        report_page.check_installed()
     result = run(source, calib, progress=progress(quiet), **given)
+    if report is not None:
+        report_page.write_analysis(report, source.name, result)
     write_json(json_file, result.to_dict())
     if not quiet:
         tables.analysis(result)

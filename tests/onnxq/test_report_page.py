@@ -395,6 +395,30 @@ def test_names_in_an_analysis_are_text():
     assert Page(text).row(NASTY)
 
 
+def test_the_verb_writes_the_page_of_what_it_found(tmp_path):
+    file, facts = tmp_path / "page.html", tmp_path / "facts.json"
+    line = ["analyze", MODEL, "--calib", CALIB, "--limit", 8, "--report", file, "--json", facts]
+    assert onnxq_line(*line).exit_code == 0
+    text, found = file.read_text(encoding="utf-8"), json.loads(facts.read_text())
+    rows = Page(text)
+    assert found["layers"]
+    for layer_, detail in zip(found["layers"], unpacked(text)["layers"], strict=True):
+        assert rows.row(layer_["name"])[2:4] == [
+            str(layer_["fragility"]),
+            f"{100 * layer_['share']:.1f}",
+        ]
+        assert detail["charts"]["activation"]["clip"] == [
+            layer_["activation"]["clip_low"],
+            layer_["activation"]["clip_high"],
+        ]
+        assert len(detail["charts"]["formats"]["names"]) == sum(
+            len(formats) for formats in layer_["sensitivities"].values()
+        )
+    first = min(found["layers"], key=lambda entry: entry["fragility"])
+    assert f"The most fragile layer is {html.escape(first['name'])}" in text
+    assert rows.row("sha256")[1] == found["model"]["sha256"]
+
+
 @pytest.mark.parametrize("count", [40, 1000])
 def test_pages_stay_small(count):
     assert len(analysis_page(analyses.many(count)).encode()) < 2_000_000
@@ -423,5 +447,7 @@ def test_without_the_library_a_line_says_what_to_install(monkeypatch, tmp_path):
     assert result.stderr.strip().endswith("pip install onnxq[report]")
     assert result.stderr.strip().count("\n") == 0
     assert list(tmp_path.iterdir()) == []  # said before the work, not after it
+    line = ["analyze", MODEL, "--calib", CALIB, "--report", tmp_path / "page.html"]
+    assert onnxq_line(*line).stderr.strip().endswith("pip install onnxq[report]")
     with pytest.raises(OnnxqError, match="bokeh"):
         run_page([])
