@@ -96,7 +96,7 @@ def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
     yield "bytes", megabytes(int(analysis.model.get("bytes") or 0))
     layers = analysis.layers
     macs = [layer.macs for layer in layers if layer.macs is not None]
-    yield "MACs", f"{millions(sum(macs))} a sample" if macs else "not known"
+    yield "MACs", f"{millions(sum(macs))} a sample" if macs or not layers else "not known"
     yield "parameters", millions(sum(layer.parameters for layer in layers))
     yield "layers", f"{len(layers):,}"
     expected = analysis.totals.get("sqnr_db")
@@ -178,7 +178,7 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
                 for part, written in formats
             ),
         )
-    if analysis.tensors:
+    if layers and analysis.tensors:
         index = {layer.name: i for i, layer in enumerate(layers)}
         yield Chart(
             "along",

@@ -96,26 +96,34 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
         source.data[column] = np.array(series.values, np.float32)
         tips.append((series.label, f"@{column}{{0.0}}{series.unit}"))
         common: dict[str, Any] = {"source": source, "name": f"{chart.key}-{index}"}
-        mark: Any
+        marks: list[Any]
         if series.mark == "bar":
-            mark = plot.vbar(x="x", top=column, width=0.8, line_width=int(count > 200), **common)
+            marks = [plot.vbar(x="x", top=column, width=0.8, line_width=int(count > 200), **common)]
         elif series.mark == "line":
-            mark = plot.line(x="x", y=column, line_width=2, **common)
+            # dots, too, since a value between two that are not known makes no line
+            marks = [plot.line(x="x", y=column, line_width=2, **common)]
+            marks.append(plot.scatter(x="x", y=column, size=3, **common))
         else:
             shape = MARKERS[index % len(MARKERS)]
             size = 7 if count <= 200 else 5
-            mark = plot.scatter(x="x", y=column, marker=shape, size=size, **common)
-        mark.tags = [chart.roles[index]]
-        # all look alike, chosen or not: a line shows which is
-        mark.selection_glyph = mark.nonselection_glyph = mark.glyph
-        mark.visible = series.shown
+            marks = [plot.scatter(x="x", y=column, marker=shape, size=size, **common)]
+        for mark in marks:
+            _alike(mark)
+            mark.tags = [chart.roles[index]]
+            mark.visible = series.shown
     # what the tips hang on has a value everywhere, unlike the series
     tip = f"{chart.key}-tip"
     source.data[tip] = _highest([s.values for s in chart.series if s.shown])
     hung = plot.vbar(x="x", bottom=tip, top=tip, width=1, alpha=0, source=source)
+    _alike(hung)
     plot.add_tools(HoverTool(renderers=[hung], mode="vline", tooltips=tips))
     plot.add_layout(Span(dimension="height", location=0, name="chosen", line_dash="dashed"))
     return plot
+
+
+def _alike(mark: Any) -> None:
+    """Let all of a mark look alike, chosen or not: a line shows which is."""
+    mark.selection_glyph = mark.nonselection_glyph = mark.glyph
 
 
 def _highest(series: Sequence[Sequence[float]]) -> np.ndarray:

@@ -78,10 +78,12 @@ def histogram(found: Histogram | None, points: int) -> dict[str, Any]:
 
 def activation(found: ActivationFindings, points: int) -> dict[str, dict[str, Any]]:
     """What a layer reads: its histogram with the range that was chosen, and its channels."""
-    clip = [found.clip_low, found.clip_high]
-    bounded = all(map(math.isfinite, clip))
-    drawn = histogram(found.histogram, points) if found.histogram else {"text": "no histogram"}
-    charts = {"activation": drawn | {"clip": clip if bounded else None}}
+    charts: dict[str, dict[str, Any]] = {"activation": {"text": "no histogram was kept"}}
+    if found.histogram is not None:
+        clip = [found.clip_low, found.clip_high]
+        bounded = all(map(math.isfinite, clip))
+        drawn = histogram(found.histogram, points)
+        charts["activation"] = drawn | {"clip": clip if bounded else None}
     if found.channel_low:
         ranges = ChannelRanges(np.array(found.channel_low), np.array(found.channel_high))
         charts["channels"] = per_channel(ranges, points)

@@ -284,14 +284,15 @@ function listen() {
       choose(Number(target.closest("tr").dataset.layer));
     } else if (target.closest("[data-layer]")) {
       choose(Number(target.closest("[data-layer]").dataset.layer));
-      byId("layer").scrollIntoView({ block: "nearest" });
+      byId("layer").scrollIntoView();
     }
   });
   document.addEventListener("change", (event) => {
     const { chart, series } = event.target.dataset;
     if (chart === undefined) return;
-    const mark = state.plots.get(chart).renderers.find((r) => r.name === `${chart}-${series}`);
-    mark.visible = event.target.checked;
+    for (const mark of state.plots.get(chart).renderers) {
+      if (mark.name === `${chart}-${series}`) mark.visible = event.target.checked;
+    }
   });
   byId("filter")?.addEventListener("input", filter);
   byId("layers")?.tBodies[0].addEventListener("keydown", walk);

@@ -24,7 +24,7 @@ from onnxq.pass_manager import Context
 from onnxq.passes import FoldBatchNorm
 from onnxq.report import Changes, PassRecord, Report
 from onnxq.report_page.analysis import of_analysis
-from onnxq.report_page.layer_charts import bars, per_channel
+from onnxq.report_page.layer_charts import activation, bars, per_channel
 from onnxq.report_page.page import page, unpacked
 from onnxq.report_page.run import of_run
 from tests import analyses, models
@@ -313,6 +313,11 @@ def test_histograms_are_shares_of_all_values():
     assert drawn["share"] == [12.5, 25.0, 37.5, 25.0]
     assert bars(-1.0, 1.0, [1, 2, 3, 2], points=3)["share"] == [37.5, 62.5]
     assert bars(0.0, 0.0, [0, 0], points=4)["share"] == [0.0, 0.0]
+
+
+def test_what_has_no_histogram_says_so():
+    read = dataclasses.replace(analyses.layer("a", 1.0, 1).activation, histogram=None)
+    assert activation(read, 16)["activation"] == {"text": "no histogram was kept"}
 
 
 # ---------------------------------------------------------------------- an analysis
