@@ -93,6 +93,7 @@ def activation(found: ActivationFindings, points: int) -> dict[str, dict[str, An
 def reads(found: ActivationFindings) -> Iterator[tuple[str, str]]:
     """What a layer reads, as facts."""
     yield "values", f"{found.low:.4g} to {found.high:.4g}"
+    yield "range chosen", f"{found.clip_low:.4g} to {found.clip_high:.4g}"
     yield "clipped", f"{100 * found.clipped:.2g} % of values"
     yield "zeros", f"{100 * found.zeros:.2g} % of values"
     if found.outliers:

@@ -209,13 +209,16 @@ def test_what_a_layer_reads_is_shown_with_the_range_that_was_chosen(tmp_path):
     proto = models.parse("g (float[N,4] x) => (float[] y) <float[4,3] w> { y = Gemm(x, w) }")
     data = [{"x": np.full((1, 4), v, np.float32)} for v in (-1.0, 1.0, 1.0, 3.0)]
     out = tmp_path / "page.html"
-    onnxq.quantize(load(proto), calib=data, method="minmax", report=out)
+    model, _ = onnxq.quantize(load(proto), calib=data, report=out)
+    chosen = model.encodings["x"]
     (detail,) = unpacked(out.read_text(encoding="utf-8"))["layers"]
-    low, high = detail["charts"]["activation"]["clip"]
-    assert low == pytest.approx(-1, abs=4 / 255)
-    assert high == pytest.approx(3, abs=4 / 255)
+    drawn = detail["charts"]["activation"]
+    assert drawn["clip"] == [chosen.low, chosen.high]
+    assert (drawn["low"], drawn["high"]) == (-1, 3)
+    share = np.array(drawn["share"])
+    assert share[share > 0].tolist() == [25, 50, 25]
     assert ["values", "-1 to 3"] in detail["facts"]
-    assert ["clipped", "0 % of values"] in detail["facts"]
+    assert ["range chosen", f"{chosen.low:.4g} to {chosen.high:.4g}"] in detail["facts"]
 
 
 def test_names_are_text_whatever_they_hold(tmp_path):
