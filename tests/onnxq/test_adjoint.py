@@ -63,7 +63,7 @@ TAILS = {
     "resize": "y = Resize(c, , s) | float[4] s = {1,1,2,2}",
     "depth-to-space": "y = DepthToSpace<blocksize=2>(c)",
     "reshape": "y = Reshape(c, i) | int64[3] i = {0,-1,12}",
-    "cast": "d = Cast<to=11>(c) y = Cast<to=1>(d)",
+    "cast": "d = Cast<to=1>(c) y = Relu(d)",
 }
 
 
@@ -145,3 +145,10 @@ def test_only_samples_of_its_shape_fit():
     adjoint = Adjoint(net, net.layers(), feed)
     assert adjoint.fits(feed)
     assert not adjoint.fits({"x": feed["x"][:1]})
+
+
+def test_only_float32_has_gradients():
+    net = model("d = Cast<to=11>(c) e = Cast<to=1>(d) y = Add(e, c)")
+    adjoint = Adjoint(net, net.layers(), models.feeds(net.to_proto()))
+    assert [*adjoint.stopped.values()] == ["it does not compute in float32"]
+    assert {*adjoint.partial} == {net.layers()[0].name}
