@@ -287,6 +287,7 @@ def _facts(model: Model, session: Session) -> dict[str, Any]:
         "opset": model.opset,
         "inputs": [str(i) for i in session.inputs],
         "outputs": [str(o) for o in session.outputs],
+        "output_names": model.outputs,
         "operators": dict(sorted(operators.items(), key=lambda item: -item[1])),
         "bytes": model.nbytes,
         "sha256": model.digest(),

@@ -123,8 +123,16 @@ def _reason(
         return f"{cause}, and {carried}"
     if cause or carried:
         return cause or carried
-    source = "rounding its weight" if of_weight else "rounding its input"
-    return f"nothing stands out; most of its noise comes from {source}"
+    seen = layer.activation
+    if of_weight or seen is None:
+        source, found = ("weight", weight) if of_weight else ("input", activation)
+        sqnr = None if found is None else found.layer_sqnr_db
+        power = "" if sqnr is None else f", {sqnr:.0f} dB below its output"
+        return f"rounding its {source} costs most{power}; nothing else stands out"
+    return (
+        f"rounding its input costs most, {seen.clip_low:.3g} to {seen.clip_high:.3g} where the"
+        f" typical value is {seen.rms:.3g}; nothing else stands out"
+    )
 
 
 def _weight_cause(layer: LayerFindings, written: str, depthwise: bool) -> str:

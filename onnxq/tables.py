@@ -174,14 +174,11 @@ def analysis(result: Analysis) -> None:
     fragile = result.fragile[:FRAGILE]
     if fragile:
         click.echo(
-            f"weights {result.weights}, activations {result.activations}: expected SQNR of the"
-            f" outputs {_number(totals['sqnr_db'], '.1f')} dB, to which layers contribute"
+            f"weights {result.weights}, activations {result.activations}: noise of all layers"
+            f" expected at the outputs {_number(totals['sqnr_db'], '.1f')} dB"
         )
         _fragile(fragile, result)
-        for layer in fragile:
-            for advice in layer.advice:
-                spares = "" if advice.removes is None else f" ({advice.removes:.0%} of the noise)"
-                click.echo(f"{layer.name}: {advice.text}{spares}\n  {advice.command}")
+        _advice(fragile)
     unknown = [layer for layer in result.layers if layer.share is None]
     for layer in unknown[:LISTED]:
         click.echo(f"not ranked: {layer.name} ({layer.op}): {layer.reason}")
@@ -193,6 +190,9 @@ def analysis(result: Analysis) -> None:
             f"error enters: {tensor.node} ({tensor.op}) takes {tensor.inherited_sqnr_db:.1f} dB to"
             f" {tensor.sqnr_db:.1f} dB"
         )
+    for tensor in (t for t in result.tensors if t.name in result.model["output_names"]):
+        found = tensor.sqnr_db if tensor.written_sqnr_db is None else tensor.written_sqnr_db
+        click.echo(f"all quantized, to nearest: output {tensor.name} {_number(found, '.1f')} dB")
     for same in result.agreement:
         click.echo(
             f"expected and measured, {same.part} {same.format}: rank correlation"
@@ -204,6 +204,20 @@ def analysis(result: Analysis) -> None:
         click.echo(f"all quantized but {layer.name}: {_number(sqnr, '.1f')} dB")
     for note in result.notes:
         click.echo(f"note: {note}")
+
+
+def _advice(layers: Sequence[LayerFindings]) -> None:
+    """What would help the most fragile layers, each command once."""
+    commands: dict[str, tuple[str, list[str]]] = {}
+    for layer in layers:
+        for advice in layer.advice:
+            names = commands.setdefault(advice.command, (advice.text, []))[1]
+            spares = (
+                "" if advice.removes is None else f" (spares {advice.removes:.0%} of the noise)"
+            )
+            names.append(f"{layer.name}{spares}")
+    for command, (text, names) in commands.items():
+        click.echo(f"{', '.join(names)}: {text}\n  {command}")
 
 
 def _fragile(layers: Sequence[LayerFindings], result: Analysis) -> None:

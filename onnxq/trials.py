@@ -88,7 +88,8 @@ class _Work:
     layer: onnx.ModelProto
     rest: onnx.ModelProto | None
     inputs: tuple[str, str]  # what the layer reads: activation, weight
-    output: str
+    result: str  # what it calls its result
+    output: str  # what the rest calls it
     xs: list[np.ndarray]
     kept: list[dict[str, np.ndarray]]
     changes: list[_Change]
@@ -255,6 +256,7 @@ class _Run:
         """The trials of each layer that is not done, the cut moving on from one to the next."""
         frontier = Frontier(self.proto, self.samples, threads=threads)
         nodes = {node.name: node for node in self.proto.graph.node}
+        plain = self.model.to_proto()  # whose biases are not corrected for rounding
         outputs = [o.name for o in self.proto.graph.output]
         for index, layer in enumerate(self.layers):
             if layer.name in done:
@@ -266,9 +268,10 @@ class _Run:
             yield (
                 index,
                 _Work(
-                    layer=_alone(self.proto, nodes[layer.name], layer),
+                    layer=_alone(plain, layer),
                     rest=frontier.rest(),
                     inputs=(layer.x.name, layer.weight_tensor.name),
+                    result=layer.y.name,
                     output=output,
                     xs=xs,
                     kept=frontier.kept,
@@ -291,8 +294,9 @@ def _told(encoding: Encoding | None) -> object:
     return encoding.dtype, encoding.axis, encoding.scale.tobytes(), encoding.zero_point.tobytes()
 
 
-def _alone(proto: onnx.ModelProto, node: onnx.NodeProto, layer: Layer) -> onnx.ModelProto:
+def _alone(proto: onnx.ModelProto, layer: Layer) -> onnx.ModelProto:
     """The node of a layer as a model that is fed its activation and its weight."""
+    node = next(node for node in proto.graph.node if node.name == layer.name)
     single = onnx.NodeProto()
     single.CopyFrom(node)
     names = [layer.x.name, layer.weight_tensor.name]
@@ -325,7 +329,7 @@ def _change(layer: Layer, trial: Trial, mean: np.ndarray | None) -> _Change:
 
 
 def _tried(work: _Work) -> dict[str, Outcome]:
-    layer = Session(work.layer, outputs=[work.output], threads=1)
+    layer = Session(work.layer, outputs=[work.result], threads=1)
     rest = None
     if work.rest is not None:
         names = [o.name for o in work.rest.graph.output]
@@ -352,7 +356,7 @@ def _tried(work: _Work) -> dict[str, Outcome]:
                 if change.activation is not None:
                     x = change.activation.fake_quantize(x)
                 feed = dict(zip(work.inputs, (x, change.weight), strict=True))
-                yield outputs(layer.run(feed)[work.output] + change.shift, index)
+                yield outputs(layer.run(feed)[work.result] + change.shift, index)
 
         found[change.key] = _judged(wanted, [*results()], names, work)
     return found

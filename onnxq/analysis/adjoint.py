@@ -54,7 +54,7 @@ class Adjoint:
         feed: A sample.
 
     Attributes:
-        outputs: The floating-point outputs, name -> shape: what directions are fed for.
+        outputs: The outputs in float32, name -> shape: what directions are fed for.
         stopped: Nodes through which no gradient passes -> why.
         partial: Layers of which some effect passes through such nodes -> one of the nodes.
 
@@ -73,7 +73,7 @@ class Adjoint:
         proto = copy.to_proto()
         tape = Tape(proto, feed)
         self._shapes = {name: array.shape for name, array in feed.items()}
-        self.outputs = {n: tape.shape(n) for n in copy.outputs if tape.is_float(n)}
+        self.outputs = {n: tape.shape(n) for n in copy.outputs if tape.is_single(n)}
         for name in self.outputs:
             tape.add_seed(name)
         self.stopped: dict[str, str] = {}
@@ -134,7 +134,9 @@ class Adjoint:
         if rule is None and ops.is_movement(node.op_type, _decoded(attrs)):
             rule = movement
         made: Sequence[str | None] | str = f"no rule for the derivative of {node.op_type}"
-        if rule is not None and standard:
+        if not all(map(tape.is_single, floats)):
+            made = "it does not compute in float32"
+        elif rule is not None and standard:
             made = rule(tape, node, _decoded(attrs), given)
         if isinstance(made, str):
             self.stopped[node.name] = made

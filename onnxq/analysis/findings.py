@@ -272,7 +272,7 @@ class Analysis:
     """What is known of a model and of what formats do to it.
 
     Args:
-        model: name, opset, inputs, outputs, operators, bytes and sha256.
+        model: name, opset, inputs, outputs, output_names, operators, bytes and sha256.
         versions: Of onnxq, Python and the libraries that decide about results.
         recipe: The passes that led to the model that was looked at, as TOML.
         weights: Format of weights by which layers are ranked.

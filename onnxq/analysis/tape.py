@@ -37,7 +37,7 @@ class Tape:
         session = Session(proto, outputs=made, threads=1, level="disabled")
         values = {**feed, **session.run_shared(feed)}
         self._shapes = {n: tuple(a.shape) for n, a in values.items()}
-        self._floats = {n for n, a in values.items() if a.dtype in _FLOATS}
+        self._floats = {n: a.dtype == np.float32 for n, a in values.items() if a.dtype in _FLOATS}
         # what says how values move: shapes, axes, indices
         self._small = {n: a.copy() for n, a in values.items() if a.dtype.kind in "iub"}
         self._gradients: dict[str, list[str]] = {}
@@ -49,6 +49,10 @@ class Tape:
     def is_float(self, name: str) -> bool:
         """Whether a tensor that is no constant holds floats."""
         return name in self._floats
+
+    def is_single(self, name: str) -> bool:
+        """Whether these are float32, as gradients are."""
+        return self._floats.get(name, False)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor or constant."""
@@ -124,11 +128,11 @@ class Tape:
 
     def reshaped(self, name: str, shape: Sequence[int]) -> str:
         """The same values in another shape."""
-        return self("Reshape", name, self.constant([int(n) for n in shape]), allowzero=1)
+        return self("Reshape", name, self.constant(np.array(shape, np.int64)), allowzero=1)
 
     def summed(self, name: str, axes: Sequence[int]) -> str:
         """The sum over axes, which stay with size 1."""
-        return self("ReduceSum", name, self.constant([int(a) for a in axes]), keepdims=1)
+        return self("ReduceSum", name, self.constant(np.array(axes, np.int64)), keepdims=1)
 
     def reduced(self, name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
         """What broadcasting from one shape to another has spread, summed up again.
