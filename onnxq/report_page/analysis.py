@@ -4,39 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
-import numpy as np
-
-from onnxq.analysis.findings import (
-    Advice,
-    Analysis,
-    Compression,
-    LayerFindings,
-    WeightFindings,
-)
-from onnxq.analysis.sensitivity import Sensitivity, decibel
-from onnxq.analysis.weight_ranges import ChannelRanges
+from onnxq.analysis.findings import Analysis, LayerFindings
+from onnxq.analysis.sensitivity import decibel
 from onnxq.report import megabytes, millions
-from onnxq.report_page.content import (
-    Chart,
-    Column,
-    Content,
-    Detail,
-    Fragile,
-    Remedy,
-    Series,
-    Table,
-    finite,
-)
-from onnxq.report_page.layer_charts import (
-    activation,
-    histogram,
-    outlying,
-    per_channel,
-    points_for,
-    reads,
-)
+from onnxq.report_page.content import Chart, Column, Content, Fragile, Series, Table, finite
+from onnxq.report_page.layer_charts import points_for
+from onnxq.report_page.layer_detail import detail, noise, remedies, sentence
 
 __all__ = ["of_analysis"]
 
@@ -53,7 +27,7 @@ def of_analysis(title: str, analysis: Analysis) -> Content:
     layers = analysis.layers
     index = {layer.name: i for i, layer in enumerate(layers)}
     fragile = [
-        Fragile(index[layer.name], _noise(layer), _sentence(layer.reason), _remedies(layer.advice))
+        Fragile(index[layer.name], noise(layer), sentence(layer.reason), remedies(layer.advice))
         for layer in analysis.fragile[:MOST_FRAGILE]
     ]
     formats = _formats(layers)
@@ -64,7 +38,7 @@ def of_analysis(title: str, analysis: Analysis) -> Content:
         facts=tuple(_facts(analysis)),
         names=[layer.name for layer in layers],
         columns=_columns(analysis),
-        details=[_detail(layer, points) for layer in layers],
+        details=[detail(layer, points) for layer in layers],
         formats=[f"{written} {part}" for part, written in formats],
         fragile=fragile,
         chosen=fragile[0].layer if fragile else 0,
@@ -89,7 +63,7 @@ def _lead(analysis: Analysis) -> str:
         return f"What quantization does to each layer ({ranked}) is not known; the notes say why."
     worst = found[0]
     why = f": {worst.reason.rstrip('.')}" if worst.reason else ""
-    return f"The most fragile layer is {worst.name}{why}. It makes {_noise(worst)} with {ranked}."
+    return f"The most fragile layer is {worst.name}{why}. It makes {noise(worst)} with {ranked}."
 
 
 def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
@@ -233,81 +207,6 @@ def _columns(analysis: Analysis) -> list[Column]:
     ]
 
 
-# ---------------------------------------------------------------------- a layer
-
-
-def _detail(layer: LayerFindings, points: int) -> Detail:
-    charts: dict[str, Any] = {"ranges": per_channel(_ranges(layer.weights), points)}
-    charts["values"] = histogram(layer.weights.histogram, points)
-    if layer.activation is not None:
-        charts |= activation(layer.activation, points)
-    else:
-        why = "what it reads is not known" if layer.executed else "no sample reached this layer"
-        charts["activation"] = {"text": why}
-    charts["formats"] = _by_format(layer.sensitivities)
-    if layer.compressions:
-        charts["curves"] = _curves(layer.compressions)
-    facts = tuple(_layer_facts(layer))
-    return Detail(facts, _why(layer), _remedies(layer.advice), charts)
-
-
-def _layer_facts(layer: LayerFindings) -> Iterator[tuple[str, str]]:
-    yield "operator", layer.op
-    yield "noise", _noise(layer)
-    yield "weight", _shape(layer.weights.shape)
-    read = layer.activation
-    if layer.input_shape is not None or read is not None:
-        shape = "" if layer.input_shape is None else _shape(layer.input_shape)
-        yield "reads", ", ".join(p for p in ("" if read is None else read.tensor, shape) if p)
-    if layer.output_shape is not None:
-        yield "gives", _shape(layer.output_shape)
-    yield "parameters", f"{layer.parameters:,}"
-    if layer.macs is not None:
-        yield "MACs a sample", f"{layer.macs:,}"
-    yield "bytes in float", f"{layer.bytes:,}"
-    if layer.gain is not None:
-        yield "gain", f"{layer.gain:.3g}"
-    if layer.left_in_float is not None:
-        yield "SQNR with it in float", f"{decibel(layer.left_in_float):.1f} dB"
-    if layer.weights.outliers:
-        yield "outlier channels of weights", outlying(layer.weights.outliers)
-    if read is not None:
-        yield from reads(read)
-
-
-def _ranges(weights: WeightFindings) -> ChannelRanges:
-    low, high = (
-        np.array([finite(v) for v in side], np.float64) for side in (weights.low, weights.high)
-    )
-    return ChannelRanges(low, high)
-
-
-def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
-    rows = [s for s in sensitivities if s.effect is not None or s.measured is not None]
-    if not rows:
-        return {"text": "; ".join(dict.fromkeys(s.note for s in sensitivities if s.note))}
-    names = [f"{s.format} {s.part}" for s in rows]
-    expected, measured = (
-        [None if v is None else round(v, 1) for v in map(decibel, found)]
-        for found in ([s.effect for s in rows], [s.measured for s in rows])
-    )
-    known = [f"{n} {e:.1f} dB" for n, e in zip(names, expected, strict=True) if e is not None]
-    return {
-        "text": ", ".join(known),
-        "names": names,
-        "expected": expected,
-        "measured": measured,
-    }
-
-
-def _curves(compressions: Sequence[Compression]) -> dict[str, Any]:
-    methods: dict[str, list[list[float]]] = {c.method: [] for c in compressions}
-    for c in sorted(compressions, key=lambda c: c.ratio):
-        if math.isfinite(c.error):
-            methods[c.method].append([round(c.ratio, 4), float(f"{c.error:.4g}")])
-    return {"text": ", ".join(methods), "methods": methods}
-
-
 # ---------------------------------------------------------------------- words and numbers
 
 
@@ -334,31 +233,6 @@ def _share(layer: LayerFindings) -> float:
     return finite(None if layer.share is None else 100 * layer.share)
 
 
-def _noise(layer: LayerFindings) -> str:
-    return "not known" if layer.share is None else f"{100 * layer.share:.1f} % of the noise"
-
-
-def _why(layer: LayerFindings) -> str:
-    unreached = "" if layer.executed else "no sample reached it"
-    return _sentence(layer.reason or unreached)
-
-
-def _sentence(words: str) -> str:
-    """Words that begin with a capital letter and end with a stop."""
-    return words and words[0].upper() + words[1:].rstrip(".") + "."
-
-
-def _remedies(advice: Sequence[Advice]) -> list[Remedy]:
-    return [
-        Remedy(
-            _sentence(a.text),
-            a.command,
-            "" if a.removes is None else f"Takes away {100 * a.removes:.0f} % of all noise.",
-        )
-        for a in advice
-    ]
-
-
 def _percent(values: Sequence[int | None]) -> list[float]:
     total = sum(v or 0 for v in values)
     return [100 * v / total if v is not None and total else math.nan for v in values]
@@ -377,10 +251,6 @@ def _numbers(
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else form.format(value)
-
-
-def _shape(shape: Sequence[int]) -> str:
-    return " x ".join(str(n) for n in shape) or "scalar"
 
 
 def _words(value: object) -> str:

@@ -9,22 +9,8 @@ import numpy as np
 
 from onnxq.analysis.weight_ranges import ChannelRanges, LayerRanges
 from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
-from onnxq.report_page.content import (
-    Chart,
-    Column,
-    Content,
-    Detail,
-    Series,
-    Table,
-    finite,
-)
-from onnxq.report_page.layer_charts import (
-    activation,
-    histogram,
-    per_channel,
-    points_for,
-    reads,
-)
+from onnxq.report_page.content import Chart, Column, Content, Detail, Series, Table, finite
+from onnxq.report_page.layer_charts import activation, histogram, per_channel, points_for, reads
 from onnxq.report_page.watch import Seen
 from onnxq.version import __version__
 
