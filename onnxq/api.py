@@ -233,7 +233,8 @@ def run(
         title = before.path.name if before.path is not None else before.graph.name
         text = after.metadata["onnxq.recipe"]
         seen = watch.finish(after, ctx.observed)
-        report_page.write_run(Path(report), title, result, layers, text, seed, seen)
+        found = report_page.of_run(title, result, layers, text, seed, seen)
+        report_page.write(Path(report), found)
     return after, result
 
 

@@ -115,7 +115,7 @@ def analyze(
         report_page.check_installed()
     result = run(source, calib, progress=progress(quiet), **given)
     if report is not None:
-        report_page.write_analysis(report, source.name, result)
+        report_page.write(report, report_page.of_analysis(source.name, result))
     write_json(json_file, result.to_dict())
     if not quiet:
         tables.analysis(result)

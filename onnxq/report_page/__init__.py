@@ -6,41 +6,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onnxq.analysis.findings import Analysis
-from onnxq.analysis.weight_ranges import LayerRanges
-from onnxq.report import Report, write_text
+from onnxq.report import write_text
 from onnxq.report_page.analysis import of_analysis
+from onnxq.report_page.content import Content
 from onnxq.report_page.page import check_installed, page
 from onnxq.report_page.run import of_run
-from onnxq.report_page.watch import Seen, Watch
+from onnxq.report_page.watch import Watch
 
-__all__ = ["Watch", "check_installed", "write_analysis", "write_run"]
+__all__ = ["Watch", "check_installed", "of_analysis", "of_run", "write"]
 
 
-def write_run(
-    path: Path,
-    title: str,
-    report: Report,
-    layers: Sequence[LayerRanges],
-    recipe: str,
-    seed: int = 0,
-    seen: Mapping[str, Seen] | None = None,
-) -> None:
-    """Write the page of a run, see `of_run`.
+def write(path: Path, content: Content) -> None:
+    """Write a page; the file appears whole or not at all.
 
     Raises:
         OnnxqError: The file cannot be written, or the library that draws charts is missing.
     """
-    write_text(path, page(of_run(title, report, layers, recipe, seed, seen)))
-
-
-def write_analysis(path: Path, title: str, analysis: Analysis) -> None:
-    """Write the page of an analysis, see `of_analysis`.
-
-    Raises:
-        OnnxqError: The file cannot be written, or the library that draws charts is missing.
-    """
-    write_text(path, page(of_analysis(title, analysis)))
+    write_text(path, page(content))
