@@ -92,11 +92,11 @@ class Tape:
 
     # ---------------------------------------------------------------------- adding nodes
 
-    def __call__(self, op: str, *inputs: str, outputs: int = 1, **attrs: Any) -> str:
-        """Add a node; the name of its (first) result."""
-        names = [self._fresh(op) for _ in range(outputs)]
-        self._proto.graph.node.append(helper.make_node(op, [*inputs], names, **attrs))
-        return names[0]
+    def __call__(self, op: str, *inputs: str, **attrs: Any) -> str:
+        """Add a node; the name of its result."""
+        name = self._fresh(op)
+        self._proto.graph.node.append(helper.make_node(op, [*inputs], [name], **attrs))
+        return name
 
     def constant(self, values: np.ndarray | float | Sequence[int]) -> str:
         """Add a constant: floats as float32, integers as int64."""

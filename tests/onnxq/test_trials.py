@@ -1,5 +1,6 @@
 """Trials of single layers against the whole model, run from the start."""
 
+import pickle
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -128,7 +129,7 @@ def test_the_metric_gets_the_outputs_of_each_sample_in_turn(model, feeds):
 
 
 class Counting(ThreadPoolExecutor):
-    """Counts what is submitted."""
+    """Counts what is submitted, and sends it as to another process."""
 
     def __init__(self):
         super().__init__(2)
@@ -136,7 +137,7 @@ class Counting(ThreadPoolExecutor):
 
     def submit(self, *args, **kwargs) -> Future:
         self.count += 1
-        return super().submit(*args, **kwargs)
+        return super().submit(*pickle.loads(pickle.dumps(args)), **kwargs)
 
 
 def test_any_executor_runs_the_layers(model, feeds):
