@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from onnxq.version import __version__
 
 if TYPE_CHECKING:
+    from onnxq.analysis.findings import Analysis
+    from onnxq.analyzing import analyze
     from onnxq.api import compare, equalize_model, inspect, quantize, run
     from onnxq.calibration import Calibration
     from onnxq.deployment import deploy
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from onnxq.statistics import Statistics
 
 __all__ = [
+    "Analysis",
     "Calibration",
     "Changes",
     "Context",
@@ -43,6 +46,7 @@ __all__ = [
     "Report",
     "Statistics",
     "__version__",
+    "analyze",
     "compare",
     "deploy",
     "doctor",
@@ -55,6 +59,7 @@ __all__ = [
 
 # Loaded at first use: `onnxq --help` must not wait for onnxruntime and numba.
 _HOMES = {
+    "Analysis": "onnxq.analysis.findings",
     "Calibration": "onnxq.calibration",
     "Changes": "onnxq.pass_manager",
     "Context": "onnxq.pass_manager",
@@ -70,6 +75,7 @@ _HOMES = {
     "Recipe": "onnxq.recipe",
     "Report": "onnxq.report",
     "Statistics": "onnxq.statistics",
+    "analyze": "onnxq.analyzing",
     "compare": "onnxq.api",
     "deploy": "onnxq.deployment",
     "doctor": "onnxq.examination",

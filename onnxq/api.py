@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq import recipe, report_html
+from onnxq import recipe, report_page
 from onnxq.analysis import cost, error, fusion
 from onnxq.analysis.latency import NO_SPINNING, Latency, pair
 from onnxq.analysis.storage import Storage, storage
@@ -39,7 +39,7 @@ from onnxq.passes import (
 from onnxq.pictures import Preprocess
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
-from onnxq.report import Report, write_text
+from onnxq.report import Report
 from onnxq.runtime import Session, versions
 from onnxq.statistics import Statistics
 from onnxq.synthetic import synthesize
@@ -180,6 +180,8 @@ def run(
     """Run any recipe; the arguments are those of `quantize`."""
     chosen = _recipe(recipe)
     check_outputs([destination, statistics, report], models=[source], others=[calib])
+    if report is not None:
+        report_page.check_installed()
     before = load(source)
     if is_quantized(before):
         raise ModelError(
@@ -214,7 +216,8 @@ def run(
     )
     after = before.clone()
     ranges = WeightRanges(before)
-    manager = PassManager(*chosen.passes, after=_watch(ranges, chosen.passes))
+    watch = None if report is None else report_page.Watch(before)
+    manager = PassManager(*chosen.passes, after=_watch([ranges, watch], chosen.passes))
     with announced(ctx.progress.say):
         manager.apply(after, ctx)
     result = ctx.report
@@ -230,10 +233,12 @@ def run(
     if destination is not None:
         after.save(destination)
         result.facts["bytes"]["after"] = _bytes(Path(destination))
-    if report is not None:
+    if report is not None and watch is not None:
         title = before.path.name if before.path is not None else before.graph.name
         text = after.metadata["onnxq.recipe"]
-        write_text(Path(report), report_html.page(title, result, layers, text, seed))
+        seen = watch.finish(after, ctx.observed)
+        found = report_page.of_run(title, result, layers, text, seed, seen)
+        report_page.write(Path(report), found)
     return after, result
 
 
@@ -547,15 +552,19 @@ def _with_encodings(
     return tuple(load if isinstance(s, Calibrate) else s for s in steps)
 
 
-def _watch(ranges: WeightRanges, steps: Sequence[Pass]) -> After:
-    """Ranges start where BatchNormalization is in the weights, and end before the integers."""
+def _watch(
+    watched: Sequence[WeightRanges | report_page.Watch | None], steps: Sequence[Pass]
+) -> After:
+    """What is watched starts with BatchNormalization in the weights, ends before the integers."""
     folds = next((s for s in steps if isinstance(s, FoldBatchNorm)), None)
+    known: list[WeightRanges | report_page.Watch] = [w for w in watched if w is not None]
 
     def after(step: Pass, model: Model, _: Changes) -> None:
-        if step is folds:
-            ranges.start(model)
-        else:
-            ranges.see(model)
+        for each in known:
+            if step is folds:
+                each.start(model)
+            else:
+                each.see(model)
 
     return after
 

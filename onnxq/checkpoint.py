@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onnxq.errors import OnnxqError
 from onnxq.model import Layer, Model
+from onnxq.report import write_text
 
-__all__ = ["Checkpoint", "fingerprint"]
+__all__ = ["Checkpoint", "Results", "fingerprint"]
 
 
 def fingerprint(model: Model, *parts: object) -> str:
@@ -40,11 +43,7 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self._folder = folder / key[:16]
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _unwritable(folder, error) from error
+        self._folder = _made(folder, key)
 
     def restore(self, layer: Layer, index: int) -> bool:
         """Give a layer what was kept of it; False if nothing was."""
@@ -89,6 +88,54 @@ class Checkpoint:
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index:04d}.npz"
+
+
+class Results:
+    """What was found of each layer, plain JSON, one file each.
+
+    Args:
+        folder: Where they are kept, in a folder of its own for each key; made if need be.
+        key: What the results depend on: nothing else is taken up again.
+
+    Raises:
+        OnnxqError: The folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._folder = _made(folder, key)
+
+    def restore(self, index: int) -> Any:
+        """What was kept of a layer; None if nothing was."""
+        path = self._path(index)
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise OnnxqError(
+                "cannot be read", where=path, fix="delete it, and the layer is done again"
+            ) from error
+
+    def keep(self, index: int, found: Any) -> None:
+        """Keep what was found; the file appears whole or not at all.
+
+        Raises:
+            OnnxqError: It cannot be written.
+        """
+        write_text(self._path(index), json.dumps(found))
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{index:04d}.json"
+
+
+def _made(folder: Path, key: str) -> Path:
+    """The folder for a key, made if need be."""
+    found = folder / key[:16]
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    return found
 
 
 def _unwritable(path: Path, error: OSError) -> OnnxqError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import click
 
+from onnxq.commands.analyze import analyze
 from onnxq.commands.compare import compare
 from onnxq.commands.deploy import deploy
 from onnxq.commands.doctor import doctor
@@ -41,5 +42,5 @@ def main() -> None:
     """
 
 
-for _verb in (quantize, run, compare, inspect, doctor, encodings, deploy, passes):
+for _verb in (quantize, run, compare, analyze, inspect, doctor, encodings, deploy, passes):
     main.add_command(_verb)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq import ops
-from onnxq.encoding import Format
+from onnxq.encoding import Encoding, Format
 from onnxq.errors import RecipeError
-from onnxq.model import Model
+from onnxq.model import Layer, Model
 from onnxq.placement import Ends, Placement, fits, match_nodes
 
-__all__ = ["WORDS", "LayerFormat"]
+__all__ = ["WORDS", "ZERO_WEIGHT", "LayerFormat", "weight_encoding"]
+
+# The range given to a weight of zeros: small, so that the scale of its bias is fine.
+ZERO_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -160,3 +164,36 @@ _WORDS: dict[str, Callable[[Model], set[str]]] = {
 }
 
 WORDS = tuple(_WORDS)
+
+
+def weight_encoding(
+    layer: Layer,
+    values: np.ndarray,
+    wanted: Format,
+    activations: Format,
+    *,
+    symmetric: bool = False,
+) -> Encoding:
+    """The encoding of a weight from its least to its greatest value, blocks left out.
+
+    Args:
+        layer: The layer.
+        values: Its weight.
+        wanted: The format.
+        activations: How activations are written; a weight on the left is written alike.
+        symmetric: Whether its zero point is 0, too.
+    """
+    if layer.side == 0 and activations.dtype != "float":  # one type and scale for that side
+        low, high = values.min(initial=0), values.max(initial=0)
+        return Encoding.of_range(low, high, activations.dtype, symmetric=symmetric)
+    if wanted.granularity == "tensor" or (layer.op == "MatMul" and values.ndim != 2):
+        if wanted.dtype.startswith("u"):
+            return Encoding.of_range(values.min(initial=0), values.max(initial=0), wanted.dtype)
+        bound = np.abs(values).max(initial=0) or ZERO_WEIGHT
+        return Encoding.symmetric(np.array(bound), wanted.dtype)
+    axis = layer.channel_axis
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    bound = np.abs(values).max(axis=others, initial=0)
+    # A channel of zeros has no scale of its own; the finest of the others keeps its bias exact.
+    bound = np.where(bound > 0, bound, bound[bound > 0].min(initial=np.inf))
+    return Encoding.symmetric(np.where(np.isfinite(bound), bound, ZERO_WEIGHT), wanted.dtype, axis)

@@ -17,10 +17,10 @@ from onnx import helper, numpy_helper
 from onnxq.errors import ModelError
 from onnxq.runtime import Session
 
-__all__ = ["Frontier"]
+__all__ = ["AS_WRITTEN", "Frontier", "peak_bytes", "reads"]
 
 # Otherwise onnxruntime rounds float weights between integers itself, on grids of its own.
-_AS_WRITTEN = {"session.disable_quant_qdq": "1"}
+AS_WRITTEN = {"session.disable_quant_qdq": "1"}
 
 Feed = Mapping[str, np.ndarray]
 
@@ -94,6 +94,19 @@ class Frontier:
             for _ in pool.map(step, self._live):
                 pass
 
+    @property
+    def kept(self) -> list[dict[str, np.ndarray]]:
+        """What is kept of each sample, by name."""
+        return [dict(live) for live in self._live]
+
+    def rest(self) -> onnx.ModelProto | None:
+        """What is still to be run, as a model of what is kept; None where no output is left."""
+        ahead = {o for i in self._waiting for o in self._nodes[i].output}
+        lazy = {o for i, n in enumerate(self._nodes) if self._is_lazy(i) for o in n.output}
+        outputs = [o.name for o in self._model.graph.output if o.name in ahead | lazy]
+        nodes = {i for name in outputs for i in self._stretch(name)}
+        return self._part(sorted(nodes), outputs) if outputs else None
+
     def values(self, name: str) -> Iterator[np.ndarray]:
         """A tensor that the cut has reached, sample by sample."""
         stored = self._stored(name)
@@ -132,7 +145,7 @@ class Frontier:
         """Kept tensor -> nodes that read it, through DequantizeLinear."""
         readers: dict[str, list[int]] = {}
         for index in self._waiting:
-            for name in _reads(self._nodes[index]):
+            for name in reads(self._nodes[index]):
                 readers.setdefault(self._stored(name), []).append(index)
         return readers
 
@@ -151,7 +164,7 @@ class Frontier:
             index = self._producer[name]
             if index not in found:
                 found.add(index)
-                todo += _reads(self._nodes[index])
+                todo += reads(self._nodes[index])
         return sorted(found)
 
     def _kept(self, stretch: Sequence[int], wanted: str) -> list[str]:
@@ -166,8 +179,13 @@ class Frontier:
         ]
 
     def _session(self, stretch: Sequence[int], kept: Sequence[str]) -> Session:
+        model = self._part(stretch, kept)
+        return Session(model, outputs=kept, threads=1, config=AS_WRITTEN)
+
+    def _part(self, stretch: Sequence[int], kept: Sequence[str]) -> onnx.ModelProto:
+        """Some nodes as a model of what is kept before them."""
         nodes = [self._nodes[i] for i in stretch]
-        read = dict.fromkeys(name for node in nodes for name in _reads(node))
+        read = dict.fromkeys(name for node in nodes for name in reads(node))
         live = self._live[0]
         constants = [self._constants[name] for name in read if name in self._constants]
         inputs = [
@@ -183,7 +201,7 @@ class Frontier:
         model.ir_version = self._model.ir_version
         del model.opset_import[:]
         model.opset_import.extend(self._model.opset_import)
-        return Session(model, outputs=kept, threads=1, config=_AS_WRITTEN)
+        return model
 
     def _shape(self, name: str) -> list[int | None]:
         """The shape of a kept tensor, axes on which the samples differ unknown."""
@@ -192,11 +210,27 @@ class Frontier:
         return [n if all(s[i] == n for s in shapes) else None for i, n in enumerate(first)]
 
 
-def _reads(node: onnx.NodeProto) -> list[str]:
+def peak_bytes(model: onnx.ModelProto, feeds: Iterable[Feed], names: Iterable[str]) -> int:
+    """The most bytes that samples take on the way through a model.
+
+    Args:
+        model: The model.
+        feeds: The samples.
+        names: Tensors to stop at, in graph order.
+    """
+    frontier = Frontier(model, feeds)
+    peak = frontier.nbytes
+    for name in names:
+        frontier.advance(name)
+        peak = max(peak, frontier.nbytes)
+    return peak
+
+
+def reads(node: onnx.NodeProto) -> list[str]:
     """The tensors that a node reads, those of its subgraphs included."""
     names = [name for name in node.input if name]
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
-                names += _reads(inner)
+                names += reads(inner)
     return names

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from onnxq.frontier import Frontier
+from onnxq.frontier import Frontier, peak_bytes
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import PatchSource, supports
@@ -183,7 +183,8 @@ class LayerInputs:
         """The samples, as many as leave room for their activations."""
         session = Session(self._model.to_proto(), threads=1, level="disabled")
         first = [*self._ctx.spread(session, 1)]
-        each = 2 * self._peak(first)  # of the float model and of the other
+        inputs = [layer.x.name for layer in self._layers]
+        each = 2 * peak_bytes(self._model.to_proto(), first, inputs)  # of both models
         most = max(1, self._memory // max(each, 1))
         wanted = self._limit
         known = self._ctx.spread(session, wanted).length
@@ -196,15 +197,6 @@ class LayerInputs:
                 f" {self._memory // _MB} MB"
             )
         return found
-
-    def _peak(self, feeds: Sequence[Mapping[str, np.ndarray]]) -> int:
-        """The most bytes that one sample takes on the way through the float model."""
-        frontier = Frontier(self._model.to_proto(), feeds)
-        peak = frontier.nbytes
-        for layer in self._layers:
-            frontier.advance(layer.x.name)
-            peak = max(peak, frontier.nbytes)
-        return peak
 
     def _add_up(self, layer: Layer, source: PatchSource) -> SecondOrder | None:
         assert self._frontiers is not None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
+from rich.markup import escape
 
 from onnxq.analysis.error import OutputError
+from onnxq.analysis.findings import Analysis, LayerFindings
 from onnxq.analysis.latency import WARM_UP, Latency
+from onnxq.analysis.sensitivity import decibel
 from onnxq.api import Comparison, Inspection
 from onnxq.console import show as _print
 from onnxq.console import table as _table
@@ -20,6 +24,7 @@ from onnxq.recipe import RECIPES
 from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
 
 __all__ = [
+    "analysis",
     "comparison",
     "deployment",
     "differences",
@@ -39,6 +44,8 @@ _PURPOSES = {
 }
 # Refusals listed one by one before the rest is counted.
 LISTED = 8
+# The most fragile layers, and the greatest losses along the graph.
+FRAGILE, DROPS = 5, 3
 
 
 def summary(report: Report, source: Path, destination: Path) -> None:
@@ -168,6 +175,80 @@ def inspection(result: Inspection) -> None:
     click.echo("spread: largest |weight| of a channel over the median channel's")
     for note in result.notes:
         click.echo(f"note: {note}")
+
+
+def analysis(result: Analysis) -> None:
+    """The most fragile layers, why, and what would help; where the error enters."""
+    facts, totals = result.model, result.totals
+    click.echo(
+        f"{facts['name']}: {totals['layers']} layers, {totals['parameters']:,} parameters,"
+        f" {millions(totals['macs'])} MACs a sample,"
+        f" activations {megabytes(totals['activation_bytes'])}"
+    )
+    if not result.layers:
+        click.echo("the model has no layer with constant weights: there is nothing to rank")
+    fragile = result.fragile[:FRAGILE]
+    if fragile:
+        click.echo(
+            f"weights {result.weights}, activations {result.activations}: noise of all layers"
+            f" expected at the outputs {_number(totals['sqnr_db'], '.1f')} dB"
+        )
+        _fragile(fragile, result)
+        _advice(fragile)
+    unknown = [layer for layer in result.layers if layer.share is None]
+    for layer in unknown[:LISTED]:
+        click.echo(f"not ranked: {layer.name} ({layer.op}): {layer.reason}")
+    if len(unknown) > LISTED:
+        click.echo(f"not ranked: {len(unknown) - LISTED} more layers, see --json")
+    drops = [t for t in result.tensors if t.drop_db is not None and t.drop_db > 0]
+    for tensor in sorted(drops, key=lambda t: -(t.drop_db or 0.0))[:DROPS]:
+        click.echo(
+            f"error enters: {tensor.node} ({tensor.op}) takes {tensor.inherited_sqnr_db:.1f} dB to"
+            f" {tensor.sqnr_db:.1f} dB"
+        )
+    for tensor in (t for t in result.tensors if t.name in result.model["output_names"]):
+        found = tensor.sqnr_db if tensor.written_sqnr_db is None else tensor.written_sqnr_db
+        click.echo(f"all quantized, to nearest: output {tensor.name} {_number(found, '.1f')} dB")
+    for same in result.agreement:
+        click.echo(
+            f"expected and measured, {same.part} {same.format}: rank correlation"
+            f" {_number(same.spearman, '.2f')} over {same.layers} layers"
+        )
+    left = [layer for layer in result.layers if layer.left_in_float is not None]
+    for layer in sorted(left, key=lambda x: x.left_in_float or 0.0)[:FRAGILE]:
+        sqnr = decibel(layer.left_in_float)
+        click.echo(f"all quantized but {layer.name}: {_number(sqnr, '.1f')} dB")
+    for note in result.notes:
+        click.echo(f"note: {note}")
+
+
+def _advice(layers: Sequence[LayerFindings]) -> None:
+    """What would help the most fragile layers, each command once."""
+    commands: dict[str, tuple[str, list[str]]] = {}
+    for layer in layers:
+        for advice in layer.advice:
+            names = commands.setdefault(advice.command, (advice.text, []))[1]
+            spares = (
+                "" if advice.removes is None else f" (spares {advice.removes:.0%} of the noise)"
+            )
+            names.append(f"{layer.name}{spares}")
+    for command, (text, names) in commands.items():
+        click.echo(f"{', '.join(names)}: {text}\n  {command}")
+
+
+def _fragile(layers: Sequence[LayerFindings], result: Analysis) -> None:
+    table = _table("layer", "op", "noise", "weight dB", "input dB", "why")
+    for layer in layers:
+        weight = layer.sensitivity("weights", result.weights)
+        read = layer.sensitivity("activations", result.activations)
+        table.add_row(
+            escape(layer.name),
+            layer.op,
+            _number(layer.share, ".1%"),
+            *(_number(decibel(s.effect) if s else None, ".1f") for s in (weight, read)),
+            escape(layer.reason),
+        )
+    _print(table)
 
 
 def deployment(result: Deployment) -> None:

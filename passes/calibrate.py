@@ -15,7 +15,7 @@ from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, class_scores, widened
 from onnxq.biases import guard_bias, written_bias
 from onnxq.encoding import Encoding, Format
 from onnxq.errors import CalibrationError, ModelError
-from onnxq.formats import LayerFormat
+from onnxq.formats import LayerFormat, weight_encoding
 from onnxq.kernels.gates import gate_range
 from onnxq.kernels.observe import moments, tally
 from onnxq.model import Layer, Model, consumers, producer
@@ -33,8 +33,6 @@ SHARED_NOISE = 1.5
 # Values from which on the range of a single channel is believed, and for each sample, so that
 # results without positions, such as scores of classes, are not.
 MANY_VALUES, MANY_A_SAMPLE = 100, 2
-# The range given to a weight of zeros: small, so that the scale of its bias is fine.
-ZERO_WEIGHT = 1e-3
 _FLOATS = (np.float16, np.float32, np.float64)
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
@@ -233,7 +231,7 @@ class Calibrate:
             if block and whole is None:
                 encoding = _blocks(layer, values, wanted)
             else:
-                encoding = self._weight_encoding(layer, values, wanted)
+                encoding = weight_encoding(layer, values, wanted, self._activations)
             if model.encodings.get(layer.weight_tensor.name, encoding) != encoding:
                 layer.set_weight(values)  # a copy: it is read along another axis, or otherwise
             model.encodings[layer.weight_tensor.name] = encoding
@@ -304,7 +302,9 @@ class Calibrate:
         """Of the weight of a layer, given the tensor that has the encoding of its result."""
         values = finite(model, layer.weight_tensor)
         known = model.encodings.get(layer.weight_tensor.name)
-        encoding = self._weight_encoding(layer, values, wanted, symmetric=target.symmetric)
+        encoding = weight_encoding(
+            layer, values, wanted, self._activations, symmetric=target.symmetric
+        )
         if known is not None and (known.dtype, known.axis) != (encoding.dtype, encoding.axis):
             layer.set_weight(values)  # a copy: it is read along another axis, or in another format
             known = None
@@ -316,27 +316,6 @@ class Calibrate:
         if x is not None and bias_input(layer.op) is not None and target.bias == "int32":
             encoding = guard_bias(encoding, written_bias(layer, end), float(x.scale))
         model.encodings[layer.weight_tensor.name] = encoding
-
-    def _weight_encoding(
-        self, layer: Layer, values: np.ndarray, wanted: Format, *, symmetric: bool = False
-    ) -> Encoding:
-        dtype = self._activations.dtype
-        if layer.side == 0 and dtype != "float":  # on the left: one type and scale for that side
-            low, high = values.min(initial=0), values.max(initial=0)
-            return Encoding.of_range(low, high, dtype, symmetric=symmetric)
-        if wanted.granularity == "tensor" or (layer.op == "MatMul" and values.ndim != 2):
-            if wanted.dtype.startswith("u"):
-                return Encoding.of_range(values.min(initial=0), values.max(initial=0), wanted.dtype)
-            bound = np.abs(values).max(initial=0) or ZERO_WEIGHT
-            return Encoding.symmetric(np.array(bound), wanted.dtype)
-        axis = layer.channel_axis
-        others = tuple(i for i in range(values.ndim) if i != axis)
-        bound = np.abs(values).max(axis=others, initial=0)
-        # A channel of zeros has no scale of its own; the finest of the others keeps its bias exact.
-        bound = np.where(bound > 0, bound, bound[bound > 0].min(initial=np.inf))
-        return Encoding.symmetric(
-            np.where(np.isfinite(bound), bound, ZERO_WEIGHT), wanted.dtype, axis
-        )
 
 
 def _blocks(layer: Layer, values: np.ndarray, wanted: Format) -> Encoding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,9 @@ from onnxq.errors import CalibrationError, ModelError
 from onnxq.runtime import Session
 from onnxq.signature import TensorSpec
 
-__all__ = ["LARGEST_SQNR_DB", "OutputError", "compare"]
+__all__ = ["LARGEST_SQNR_DB", "OutputError", "between", "compare"]
+
+Pair = tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
 
 # What stands for infinity, so that every result is plain JSON: float64 sums resolve about 160 dB.
 LARGEST_SQNR_DB = 200.0
@@ -63,7 +65,7 @@ def compare(
 ) -> list[OutputError]:
     """Run two models on the same samples and compare their outputs, matched by name.
 
-    Sums are float64.  Infinities and NaN that both models give in the same places are left out,
+    _Sums are float64.  Infinities and NaN that both models give in the same places are left out,
     and counted.
 
     Args:
@@ -82,18 +84,40 @@ def compare(
     """
     _match("inputs", reference.inputs, other.inputs)
     _match("outputs", reference.outputs, other.outputs)
-    sums = {spec.name: _Sums(spec.name) for spec in reference.outputs}
-    count = 0
-    for feed in samples:
-        wanted, got = reference.run_shared(feed), other.run_shared(feed)
-        count += 1
-        for name in wanted.keys() & got.keys():
-            sums[name].add(wanted[name], got[name], count)
-        if progress is not None:
-            progress(1)
-    if not count:
+    names = [spec.name for spec in reference.outputs]
+
+    def pairs() -> Iterator[Pair]:
+        for feed in samples:
+            yield reference.run_shared(feed), other.run_shared(feed)
+            if progress is not None:
+                progress(1)
+
+    found = between(pairs(), names)
+    if not found and names:
         raise CalibrationError("there are no samples to compare on", fix="give some (--data PATH)")
-    return [s.result(count) for s in sums.values()]
+    return found
+
+
+def between(pairs: Iterable[Pair], names: Sequence[str]) -> list[OutputError]:
+    """How far arrays are from those that they should be, name by name.
+
+    Args:
+        pairs: For each sample the arrays that are right, and those that are judged.
+        names: Which of them to compare; those that a pair lacks are passed over.
+
+    Returns:
+        One result per name, in their order; none at all where there are no pairs.
+
+    Raises:
+        ModelError: Shapes differ, or one side has NaN or infinities where the other has numbers.
+    """
+    sums = {name: _Sums(name) for name in names}
+    count = 0
+    for count, (wanted, got) in enumerate(pairs, 1):
+        for name in names:
+            if name in wanted and name in got:
+                sums[name].add(wanted[name], got[name], count)
+    return [s.result(count) for s in sums.values()] if count else []
 
 
 def _match(what: str, wanted: list[TensorSpec], got: list[TensorSpec]) -> None:

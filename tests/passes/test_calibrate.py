@@ -9,10 +9,10 @@ from onnxq.analysis.distribution import propagate
 from onnxq.biases import BIAS_LIMIT, guard_bias
 from onnxq.encoding import SMALLEST_SCALE, Encoding, limits
 from onnxq.errors import CalibrationError, ModelError, RecipeError, TargetError
+from onnxq.formats import ZERO_WEIGHT
 from onnxq.model import load
 from onnxq.pass_manager import Context, PassManager
 from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
-from onnxq.passes.calibrate import ZERO_WEIGHT
 from onnxq.targets import target_named
 from tests import models
 from tests.checks import reasons, run
