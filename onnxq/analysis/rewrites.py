@@ -333,12 +333,15 @@ def _merged(grids: list[Grid]) -> Grid | None:
         return None
     if first.equals(second):
         return first
-    one, two = first.bounds, second.bounds
-    assert one is not None
-    assert two is not None
-    low, high = limits(first.dtype)
-    scale = (min(one[1], two[1]) - max(one[0], two[0])) / (high - low)
-    zero = np.round(low - max(one[0], two[0]) / scale)
+    if first.point is None or second.point is None:
+        return None
+    # in float32, as onnxruntime does: the last bit decides about data movement around it
+    low, high = (np.float32(n) for n in limits(first.dtype))
+    points = [(np.float32(scale), np.float32(zero)) for scale, zero in (first.point, second.point)]
+    least = max((low - zero) * scale for scale, zero in points)
+    most = min((high - zero) * scale for scale, zero in points)
+    scale = (most - least) / (high - low)
+    zero = np.round(low - least / scale)
     return replace(
         first,
         scale=np.array(scale, np.float32),

@@ -323,6 +323,16 @@ def test_numbers_that_integer_kernels_change_are_seen():
     assert all(a.steps["y"] >= 10 for a in wrong.agreement)  # 400 x 0.001 is 13 steps of 0.03
 
 
+def test_convolutions_with_tiny_scales_take_any_bias():
+    tiny = {"ws": scale(1e-5, 4), "ys": scale(1e-5), "b": np.full(4, 400, np.int32)}
+    result = diagnose(build(CONV, bs=scale(1e-6, 4), **tiny))
+    assert [(f.code, f.severity) for f in result.faults if f.severity == "error"] == [
+        ("bias-scale", "error")
+    ]
+    assert "bias is 5 x s_x * s_w, which integer kernels take" in result.faults[0].what
+    assert all(a.steps["y"] > 20 for a in result.agreement)  # 400 x 8e-7 is 32 steps of 1e-5
+
+
 def test_models_that_fail_once_optimized_are_seen():
     proto = FAULTS["scales of an activation"][0]
     result = diagnose(proto)

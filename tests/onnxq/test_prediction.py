@@ -312,6 +312,27 @@ def test_movement_needs_zero_points():
     check(build(f"{body} {end}"), "")
 
 
+@pytest.mark.parametrize(
+    ("op", "x", "w", "kernel"),
+    [
+        ("Gemm", "", ", wz", ""),
+        ("Gemm", ", xz", "", ""),
+        ("MatMul", "", "", "QLinearMatMul"),
+    ],
+)
+def test_zero_points_that_are_left_out(op, x, w, kernel):
+    body = f"q = QuantizeLinear(x, xs{x}) d = DequantizeLinear(q, xs{x})"
+    weight = f"v = DequantizeLinear<axis=1>(g, ws{w})"
+    check(rows(f"{body} {weight} [n] r = {op}(d, v)"), kernel)
+
+
+def test_arg_max_and_where_need_zero_points():
+    body = "q = QuantizeLinear(x, xs) d = DequantizeLinear(q, xs)"
+    check(build(f"{body} [n] y = ArgMax(d)", outputs="int64[] y"), "")
+    inputs = "float[N,3,8,8] x, bool[N,3,8,8] c"
+    check(build(f"{body} [n] r = Where(c, d, other)", inputs, **AXES), "")
+
+
 def test_split_needs_one_grid_for_all():
     body = (
         "[n] a, c = Split<axis=1, num_outputs=2>(xd) aq = QuantizeLinear(a, xs, xz)"
@@ -437,6 +458,37 @@ def test_pairs_behind_pairs_are_one():
         "[c] c = Conv(xd, wd, bd) cq = QuantizeLinear(c, zs, zz) r = DequantizeLinear(cq, zs, zz)"
     )
     check(build(body), {"c": "QLinearConv"})
+
+
+@pytest.mark.parametrize(
+    ("weight", "ratio", "kernel"),
+    [
+        (0.05, 1.009, "QLinearConv"),
+        (0.05, 1.02, ""),
+        (0.0005, 1.09, "QLinearConv"),  # 1e-6 off, and 1 % of 1e-5
+        (0.0005, 1.2, ""),
+        (5e-6, 9.0, "QLinearConv"),  # 8e-7 off: computes other numbers
+        (5e-6, 12.0, ""),
+    ],
+)
+def test_slack_of_bias_scales(weight, ratio, kernel):
+    scales = {"ws": scale(weight, 4), "bs": scale(0.02 * weight * ratio, 4)}
+    check(build(CONV, **scales), kernel)
+
+
+def test_the_grid_of_pairs_that_become_one_is_that_of_float32():
+    # what both hold is what the first holds, but the last bit of its scale may differ
+    body = (
+        "[n] m = Transpose<perm=[0,1,3,2]>(xd) mq = QuantizeLinear(m, xs, xz)"
+        " r = DequantizeLinear(mq, xs, xz)"
+    )
+    kernels = set()
+    for value in (0.02, 0.09357, 0.00506):
+        proto = build(body, xs=scale(value), ys=scale(1.1 * value), yz=np.uint8(128))
+        found = next(p for p in predict(load(proto)) if p.name == "n")
+        check(proto, "Transpose" if found.integer else "")
+        kernels.add(found.integer)
+    assert kernels == {True, False}
 
 
 # ------------------------------------------------------------------------------- int8 on x86-64
