@@ -124,7 +124,6 @@ _INTEGER_OPS = frozenset(
     {
         *("ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger"),
         *("MatMulIntegerToFloat", "QAttention", "QEmbedLayerNormalization", "QGemm"),
-        *("QMoE", "QOrderedMatMul"),
     }
 )
 
