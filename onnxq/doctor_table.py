@@ -69,7 +69,9 @@ def _mends(result: Diagnosis) -> Iterator[str]:
     )
     yield f"{result.mended.path}: MACs in integers {shares}"
     errors = Agreement("disabled", result.mended.outputs)
-    yield f"{result.mended.path} against the model, nothing optimized: {'; '.join(_errors(errors))}"
+    if errors.outputs:
+        said = "; ".join(_errors(errors))
+        yield f"{result.mended.path} against the model, nothing optimized: {said}"
 
 
 def _first(names: list[str]) -> str:

@@ -73,15 +73,8 @@ def doctor(
     notes = [*model.notes]
     model.infer()
     kind = _kind(model)
-    count = SAMPLES if limit is None else limit
-    if data is None:
-        made = synthesize(model, count=count, preprocess=preprocess, threads=threads)
-        samples = calibration(made, count, None)
-    else:
-        samples = calibration(data, count, preprocess).limited(count)
-    ctx = Context(samples, target=contract, threads=threads, progress=progress)
-    feeds = [*islice(iter(ctx.spread(session, 0)), count)]
-    macs = _macs(model, {**feeds[0], **(shapes or {})})
+    feeds = _feeds(model, session, data, SAMPLES if limit is None else limit, preprocess, notes)
+    macs = _macs(model, {**(feeds[0] if feeds else {}), **(shapes or {})})
     if kind == "float":
         views = [View("planned", _planned(model, contract, macs), {})]
         wrong: list[Fault] = []
@@ -93,11 +86,15 @@ def doctor(
                 _view(model, found, macs, arm=arm, notes=notes)
                 for arm, found in zip((False, True), both, strict=True)
             ]
-        wrong = []
+        wrong = faults(model, [*both[0], *both[1]]) if kind == "Q/DQ" else []
+        if views[0].operators:
+            wrong = [f for f in wrong if f.code != "unloadable"]  # it is loaded after all
         if kind == "Q/DQ":
-            wrong = [*breaches(model, contract), *faults(model, [*both[0], *both[1]])]
+            wrong = [*breaches(model, contract), *wrong]
         with progress.task("compare levels of optimization", None):
-            agreement = [_agreement(model, session, level, feeds, threads) for level in LEVELS]
+            agreement = [
+                _agreement(model, session, level, feeds, threads) for level in LEVELS if feeds
+            ]
     mends: list[Mend] = []
     mended: Mended | None = None
     if fix is not None:
@@ -119,11 +116,33 @@ def doctor(
         faults=wrong,
         agreement=agreement,
         samples=len(feeds),
-        samples_made_up=ctx.is_synthetic,
+        samples_made_up=data is None,
         mends=mends,
         mended=mended,
         notes=notes,
     )
+
+
+def _feeds(
+    model: Model,
+    session: Session,
+    data: Any,
+    count: int,
+    preprocess: Any,
+    notes: list[str],
+) -> list[dict[str, np.ndarray]]:
+    """Samples, given or made up; none, and a note, where none can be made up."""
+    threads = session.threads
+    if data is not None:
+        samples = calibration(data, count, preprocess).limited(count)
+    else:
+        try:
+            made = synthesize(model, count=count, preprocess=preprocess, threads=threads)
+        except CalibrationError as problem:
+            notes.append(f"numbers are not compared, give samples (--data): {problem.what}")
+            return []
+        samples = calibration(made, count, None)
+    return [*islice(iter(Context(samples, threads=threads).spread(session, 0)), count)]
 
 
 def _session(model: Model) -> Session:

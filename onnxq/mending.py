@@ -9,7 +9,8 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnxq.analysis.prediction import predict
-from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq, is_quantize
+from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq, is_quantize, typed
+from onnxq.analysis.rewrites import Rewritten
 from onnxq.model import Model, consumers, is_standard, rewire
 from onnxq.regridding import (
     Mend,
@@ -38,7 +39,8 @@ def mend(model: Model, *, arm: bool = False) -> list[Mend]:
     done += [*scalars(model), *zero_points(model)]
     model.sort()
     wrong = predict(model, arm=arm)
-    if any(p.why is not None and p.why.code == "int8-on-x64" for p in wrong):
+    broken = not arm and Rewritten(typed(model), arm=False).unloadable
+    if broken or any(p.why is not None and p.why.code == "int8-on-x64" for p in wrong):
         done += unsigned(model)
     done += _pads(model)
     done += moved_grids(model, wrong)

@@ -80,7 +80,7 @@ def scalars(model: Model) -> Iterator[Mend]:
 
 
 def zero_points(model: Model) -> Iterator[Mend]:
-    """Zero points that are left out are written, as data movement needs them."""
+    """Zero points that are left out are written, as Gemm and data movement need them."""
     wanted = set()
     for node in model.graph.nodes:
         rule = RULES.get(node.op) if is_standard(node) else None
@@ -89,6 +89,9 @@ def zero_points(model: Model) -> Iterator[Mend]:
             after = [n for t in node.outputs for n in consumers(t) if is_quantize(n)]
             if before is not None and after:
                 wanted |= {id(n) for n in (before, *after)}
+        if node.op == "Gemm" and is_standard(node):
+            found = [dequantize_before(t) for t in node.inputs[:2]]
+            wanted |= {id(n) for n in found if n is not None}
     for node in model.graph.nodes:
         if id(node) not in wanted:
             continue

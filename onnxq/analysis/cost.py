@@ -154,7 +154,10 @@ def _bits(model: Model, node: gs.Node, tensor: gs.Tensor) -> int:
     if tensor.name in model.encodings and node.name not in model.encodings.float_nodes:
         return model.encodings[tensor.name].bits
     if node.op in ops.PRODUCTS:
-        return 32 if tensor.dtype is None else _stored_bits(tensor.dtype)
+        if isinstance(tensor, gs.Constant) and "bits" in node.attrs:
+            return int(node.attrs["bits"])
+        floats = node.op.startswith("Fused") or node.op == "MatMulNBits"
+        return 32 if floats else 8
     # all of them have one element type, where it is known
     types = [t.dtype for t in (*node.inputs[:2], node.outputs[0]) if t.dtype is not None]
     return _stored_bits(types[0]) if types else 32

@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 
 from onnxq.analysis.layer_faults import Fault, layer_faults
 from onnxq.analysis.prediction import Prediction
-from onnxq.analysis.qdq import dequantize_before, grid_of, is_dequantize, is_quantize
+from onnxq.analysis.qdq import dequantize_before, grid_of, is_dequantize, is_quantize, typed
+from onnxq.analysis.rewrites import Rewritten
 from onnxq.model import Model, consumers, is_standard, producer
 
 __all__ = ["Fault", "faults"]
@@ -34,10 +35,25 @@ def faults(model: Model, predictions: Iterable[Prediction]) -> list[Fault]:
             found += layer_faults(model, node, bool(inside.get(node.name)))
         elif node.op == "Concat":
             found += _of_concat(model, node, bool(inside.get(node.name)))
+    found += [_unloadable(name) for name in Rewritten(typed(model), arm=False).unloadable]
     if not any(f.severity == "error" for f in found) and model.opset < 13:
         found += _of_opset(model)
     order = {"error": 0, "warning": 1, "note": 2}
     return sorted(found, key=lambda f: order[f.severity])
+
+
+def _unloadable(name: str) -> Fault:
+    return Fault(
+        "unloadable",
+        "error",
+        name,
+        "onnxruntime 1.32 on x86-64 does not load the model: it puts int8 Q/DQ behind this node,"
+        " where none stand, and then makes them uint8 by half",
+        "quantize activations to uint8, put Q/DQ there, or use operator set 20",
+    )
+
+
+# ---------------------------------------------------------------------- scales
 
 
 def _of_grid(model: Model, node: gs.Node) -> Iterator[Fault]:
@@ -67,6 +83,9 @@ def _of_grid(model: Model, node: gs.Node) -> Iterator[Fault]:
             "its scale is denormal: its reciprocal overflows",
             "calibrate the tensor again, or raise the scale",
         )
+
+
+# ---------------------------------------------------------------------- pairs
 
 
 def _of_pair(model: Model, node: gs.Node, inside: dict[str, bool | None]) -> Iterator[Fault]:
@@ -138,6 +157,9 @@ def _useless(model: Model, node: gs.Node, inside: dict[str, bool | None]) -> Ite
             " noise",
             "remove the pair, or mend its neighbours",
         )
+
+
+# ---------------------------------------------------------------------- the rest
 
 
 def _of_concat(model: Model, node: gs.Node, integer: bool) -> Iterator[Fault]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.analysis.qdq import bias_ratio, dequantize_before
+from onnxq.analysis.qdq import bias_ratio, bias_scales, dequantize_before
 from onnxq.analysis.rewrites import Rewritten
-from onnxq.analysis.rules import BIAS_TOLERANCE, Rule, Why
-from onnxq.analysis.surroundings import dequantizes, has_input, quantizes
+from onnxq.analysis.rules import BIAS_SLACK, BIAS_TOLERANCE, Rule, Why
+from onnxq.analysis.surroundings import data, dequantizes, has_input, quantizes
 
 __all__ = ["broken_by_grids"]
 
@@ -22,7 +23,7 @@ def broken_by_grids(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why
         rule: Its rule.
         graph: The rewritten model.
     """
-    for check in (_types, _scalars, _grids, _layer):
+    for check in (_types, _zero_points, _scalars, _grids, _layer):
         yield from check(node, rule, graph)
 
 
@@ -66,6 +67,20 @@ def _types(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why]:
         yield Why("types", f"it reads {first}{gives}", "use one type on both sides")
 
 
+def _zero_points(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why]:
+    """Where zero points have to be written out, even zeros."""
+    before = dequantizes(node, rule)
+    filled = node.op == "Where" and len(before) < len(data(node, rule))
+    wanted = before[:2] if node.op in ("ArgMax", "Gemm") or filled or rule.same_grid else []
+    for other in [*wanted, *(quantizes(node, graph) if rule.same_grid else [])]:
+        if not graph.grid(other).has_zero:
+            yield Why(
+                "no-zero-point",
+                f"{other.name} has no zero point, which an integer {node.op} needs written out",
+                "write the zero point 0 as an input",
+            )
+
+
 def _scalars(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why]:
     """Activations have one scale: kernels of several would fail or are not taken."""
     if rule.types == "pair" or rule.same_grid or node.op not in ("Add", "Mul"):
@@ -87,12 +102,6 @@ def _grids(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why]:
     for after in quantizes(node, graph):
         grids = graph.grid(before), graph.grid(after)
         for other, grid in zip((before, after), grids, strict=True):
-            if not grid.has_zero:
-                yield Why(
-                    "no-zero-point",
-                    f"{other.name} has no zero point, which data movement needs written out",
-                    "write the zero point 0 as an input",
-                )
             if grid.scale is not None and grid.scale.size > 1:
                 yield Why(
                     "per-channel",
@@ -130,8 +139,12 @@ def _layer(node: gs.Node, rule: Rule, graph: Rewritten) -> Iterator[Why]:
     x, weight = (dequantize_before(t) for t in node.inputs[:2])
     if x is None or weight is None:
         return
-    ratio = bias_ratio(graph.grid(x), graph.grid(weight), grid)
-    if ratio is not None and abs(ratio - 1) > BIAS_TOLERANCE:
+    scales = graph.grid(x), graph.grid(weight), grid
+    ratio, found = bias_ratio(*scales), bias_scales(*scales)
+    if ratio is None or found is None:
+        return
+    wanted, given = found
+    if (np.abs(given - wanted) > BIAS_SLACK + BIAS_TOLERANCE * wanted).any():
         yield Why(
             "bias-scale",
             f"the scale of its bias is {ratio:.4g} x s_x * s_w",

@@ -14,6 +14,7 @@ __all__ = [
     "QDQ",
     "Grid",
     "bias_ratio",
+    "bias_scales",
     "dequantize_before",
     "grid_of",
     "is_dequantize",
@@ -169,15 +170,23 @@ def quantized_by(tensor: gs.Tensor) -> list[gs.Node]:
     return [n for n in tensor.outputs if is_quantize(n) and n.inputs[0] is tensor]
 
 
-def bias_ratio(x: Grid, weight: Grid, bias: Grid) -> float | None:
-    """Scale of a bias over s_x * s_w where it is furthest from 1; None where not known."""
+def bias_scales(x: Grid, weight: Grid, bias: Grid) -> tuple[np.ndarray, np.ndarray] | None:
+    """The scale s_x * s_w that a bias should have, and the one it has; None where not known."""
     if x.point is None or weight.scale is None or bias.scale is None or weight.block:
         return None
     wanted = x.point[0] * weight.scale.reshape(-1).astype(np.float64)
     scales = bias.scale.reshape(-1).astype(np.float64)
-    if not (wanted > 0).all():
+    if not (wanted > 0).all() or not (scales > 0).all():
         return None
     if scales.size != wanted.size and 1 not in (scales.size, wanted.size):
         return None
-    ratios = np.maximum(scales / wanted, np.finfo(np.float64).tiny)
+    return wanted, scales
+
+
+def bias_ratio(x: Grid, weight: Grid, bias: Grid) -> float | None:
+    """Scale of a bias over s_x * s_w where it is furthest from 1; None where not known."""
+    found = bias_scales(x, weight, bias)
+    if found is None:
+        return None
+    ratios: np.ndarray = found[1] / found[0]
     return float(ratios[np.abs(np.log(ratios)).argmax()])

@@ -28,6 +28,7 @@ class QdqGraph:
         self.model = source.clone()
         self._grids: dict[int, Grid] = {}
         self._unsigned: set[int] = set()
+        self._inserted: set[int] = set()
         self._main = {id(n) for n in self.model.graph.nodes}
 
     def is_output(self, tensor: gs.Tensor) -> bool:
@@ -103,5 +104,6 @@ class QdqGraph:
         for node in (quantize, dequantize):
             self._grids[id(node)] = grid
             self._main.add(id(node))
+            self._inserted.add(id(node))
         self.model.graph.nodes += [quantize, dequantize]
         return dequantize

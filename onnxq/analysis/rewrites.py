@@ -49,6 +49,8 @@ class Rewritten(QdqGraph):
         gone: Names of nodes that do nothing.
         taken: Name of each node that another does the work of -> that node's name.
         filled: (name of a layer, input index) of float constants that onnxruntime quantizes.
+        unloadable: Names of nodes behind which onnxruntime writes a pair that it then breaks, so
+            that it does not load the model.
     """
 
     def __init__(self, source: Model, *, arm: bool) -> None:
@@ -56,6 +58,7 @@ class Rewritten(QdqGraph):
         self.gone: set[str] = set()
         self.taken: dict[str, str] = {}
         self.filled: set[tuple[str, int]] = set()
+        self.unloadable: list[str] = []
         self._drop_identities()
         self._merge_quantizes()
         self._merge_pairs()
@@ -275,6 +278,22 @@ class Rewritten(QdqGraph):
             before = producer(node.inputs[0]) if is_dequantize(node) else None
             if before is not None and is_quantize(before) and self._is_pair(before, node):
                 self._unsigned.add(id(node.inputs[0]))
+                self._note_broken(before)
+
+    def _note_broken(self, quantize: gs.Node) -> None:
+        """A Q that onnxruntime wrote says that it gives int8, since operator set 21.
+
+        Only the last one of a chain keeps that, and none with a Q of the model beside it or behind
+        it.
+        """
+        written = id(quantize) in self._inserted and self.grid(quantize).dtype == "int8"
+        readers = [r for n in consumers(quantize.outputs[0]) for r in consumers(n.outputs[0])]
+        source = producer(quantize.inputs[0])
+        if not written or source is None or self.model.opset < 21:
+            return
+        alone = len(quantized_by(quantize.inputs[0])) == 1
+        if alone and not any(self._moves(r) for r in readers):
+            self.unloadable.append(source.name)
 
     def _is_pair(self, quantize: gs.Node, dequantize: gs.Node) -> bool:
         grids = self.grid(quantize), self.grid(dequantize)
@@ -333,12 +352,15 @@ def _merged(grids: list[Grid]) -> Grid | None:
         return None
     if first.equals(second):
         return first
-    one, two = first.bounds, second.bounds
-    assert one is not None
-    assert two is not None
-    low, high = limits(first.dtype)
-    scale = (min(one[1], two[1]) - max(one[0], two[0])) / (high - low)
-    zero = np.round(low - max(one[0], two[0]) / scale)
+    if first.point is None or second.point is None:
+        return None
+    # in float32, as onnxruntime does: the last bit decides about data movement around it
+    low, high = (np.float32(n) for n in limits(first.dtype))
+    points = [(np.float32(scale), np.float32(zero)) for scale, zero in (first.point, second.point)]
+    least = max((low - zero) * scale for scale, zero in points)
+    most = min((high - zero) * scale for scale, zero in points)
+    scale = (most - least) / (high - low)
+    zero = np.round(low - least / scale)
     return replace(
         first,
         scale=np.array(scale, np.float32),

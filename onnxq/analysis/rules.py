@@ -13,7 +13,15 @@ import onnx_graphsurgeon as gs
 
 from onnxq.model import is_standard
 
-__all__ = ["BIAS_TOLERANCE", "RULES", "Rule", "Why", "computes_integers", "missing_kernel"]
+__all__ = [
+    "BIAS_SLACK",
+    "BIAS_TOLERANCE",
+    "RULES",
+    "Rule",
+    "Why",
+    "computes_integers",
+    "missing_kernel",
+]
 
 Inputs = Literal["all", "first", "two", "choices"]
 Output = Literal["one", "optional", "each", "none"]
@@ -88,8 +96,9 @@ RULES = {
     "ArgMax": Rule("", "first", "none"),
 }
 
-# A Conv fuses as long as the scale of its bias is s_x * s_w to within this share.
-BIAS_TOLERANCE = 0.01
+# A Conv fuses as long as the scale of its bias is s_x * s_w to within this share of it, and this
+# much more: below that, whatever the scale of the bias is.
+BIAS_TOLERANCE, BIAS_SLACK = 0.01, 1e-6
 
 # What to do about operators without integer kernels.
 _INSTEAD = {
@@ -115,7 +124,6 @@ _INTEGER_OPS = frozenset(
     {
         *("ConvInteger", "DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulInteger"),
         *("MatMulIntegerToFloat", "QAttention", "QEmbedLayerNormalization", "QGemm"),
-        *("QMoE", "QOrderedMatMul"),
     }
 )
 

@@ -12,6 +12,7 @@ from onnxq.encoding import Encoding
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.model import load
 from onnxq.runtime import Session
+from tests import qdq
 
 
 def build(text, opset=21, **constants):
@@ -391,3 +392,22 @@ def test_a_feed_must_fit():
     model = build(COUNTED, w=ones(2, 3))
     with pytest.raises(CalibrationError, match="does not fit"):
         tensor_shapes(model, {"x": np.ones((2, 4))})
+
+
+def test_operators_on_integers_cost_what_the_layers_do():
+    body = (
+        "xq = QuantizeLinear(x, xs, xz) q = QLinearConv(xq, xs, xz, w, ws, wz, ys, yz)"
+        " d = DequantizeLinear(q, ys, yz) f = Flatten(d) fq = QuantizeLinear(f, xs, xz)"
+        " a = QLinearMatMul(fq, xs, xz, m, wst, wzt, ys, yz)"
+        " c = com.microsoft.MatMulIntegerToFloat(fq, m, xs, wst, xz, wzt)"
+        " y = DequantizeLinear(a, ys, yz) z = Identity(c)"
+    )
+    made = qdq.build(body, "float[2,3,8,8] x", "float[] y, float[] z", m=qdq.integers(144, 5))
+    found = {c.op: c for c in costs(load(made))}
+    assert {op: c.macs for op, c in found.items()} == {
+        "QLinearConv": 4 * 36 * 27,
+        "QLinearMatMul": 144 * 5,
+        "MatMulIntegerToFloat": 144 * 5,
+    }
+    assert {(c.weight_bits, c.activation_bits) for c in found.values()} == {(8, 8)}
+    assert found["QLinearConv"].parameters == 4 * 27

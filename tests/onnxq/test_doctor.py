@@ -323,11 +323,29 @@ def test_numbers_that_integer_kernels_change_are_seen():
     assert all(a.steps["y"] >= 10 for a in wrong.agreement)  # 400 x 0.001 is 13 steps of 0.03
 
 
+def test_convolutions_with_tiny_scales_take_any_bias():
+    tiny = {"ws": scale(1e-5, 4), "ys": scale(1e-5), "b": np.full(4, 400, np.int32)}
+    result = diagnose(build(CONV, bs=scale(1e-6, 4), **tiny))
+    assert [(f.code, f.severity) for f in result.faults if f.severity == "error"] == [
+        ("bias-scale", "error")
+    ]
+    assert "bias is 5 x s_x * s_w, which integer kernels take" in result.faults[0].what
+    assert all(a.steps["y"] > 20 for a in result.agreement)  # 400 x 8e-7 is 32 steps of 1e-5
+
+
 def test_models_that_fail_once_optimized_are_seen():
     proto = FAULTS["scales of an activation"][0]
     result = diagnose(proto)
     assert [a.level for a in result.agreement if a.failure] == ["extended", "all"]
     assert next(f.severity for f in result.faults) == "error"
+
+
+def test_models_that_no_sample_can_be_made_up_for():
+    proto = build("t = Gather(xd, k) [n] r = Sigmoid(t)", "float[N,C,H,W] x, int32[K] k")
+    result = doctor(load(proto))
+    assert (result.samples, result.agreement) == (0, [])
+    assert "numbers are not compared, give samples (--data)" in result.notes[0]
+    assert len(result.views[0].nodes) == 2
 
 
 def test_samples_are_made_up_where_none_are_given():
@@ -402,6 +420,25 @@ def test_int8_becomes_uint8(tmp_path):
     kinds = {t.data_type for t in mended.graph.initializer if t.name.startswith(("xz", "o"))}
     assert kinds == {onnx.TensorProto.UINT8}
     assert next(t for t in mended.graph.initializer if t.name == "w").data_type == 3  # still int8
+
+
+@pytest.mark.parametrize(
+    "move", ["Transpose<perm=[0,1,3,2]>(xd)", "MaxPool<kernel_shape=[2,2]>(xd)"]
+)
+def test_models_that_x64_does_not_load_are_mended(move, tmp_path):
+    proto = build(f"[n] m = {move} y = Tanh(m)", **SIGNED)
+    result = diagnose(proto, fix=tmp_path / "out.onnx")
+    assert [(f.code, f.severity, f.node) for f in result.faults] == [("unloadable", "error", "n")]
+    assert [bool(v.operators) for v in result.views] == [False, True]
+    assert all("output_dtype INT8" in a.failure for a in result.agreement)
+    assert [m.code for m in result.mends] == ["int8-on-x64"]
+    mended, feed = onnx.load(tmp_path / "out.onnx"), feeds(proto)
+    wanted = checks.run(proto, feed)["y"]
+    np.testing.assert_array_equal(checks.run(mended, feed)["y"], wanted)
+    np.testing.assert_array_equal(checks.run(mended, feed, "all")["y"], wanted)
+    older = diagnose(build(f"[n] m = {move} y = Tanh(m)", opset=17, **SIGNED))
+    assert older.faults == []
+    assert older.views[0].operators
 
 
 def test_grids_of_movement_are_mended_where_the_old_one_held_more():

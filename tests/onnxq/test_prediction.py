@@ -5,12 +5,19 @@ in integers, or "" for float.  What is predicted and what is measured have to be
 nodes of the model have to be predicted as they are measured.
 """
 
+import random
+
 import numpy as np
+import onnx_graphsurgeon as gs
 import pytest
 
 from onnxq.analysis.measurement import measure
 from onnxq.analysis.prediction import predict
-from onnxq.model import load
+from onnxq.analysis.qdq import is_dequantize, is_quantize
+from onnxq.analysis.rewrites import Rewritten
+from onnxq.errors import ModelError
+from onnxq.model import consumers, load, producer, rewire
+from onnxq.runtime import Session
 from tests.qdq import SIGNED, build, integers, packed, rows, scale
 
 SAME = {"ys": scale(0.02), "yz": np.uint8(128)}
@@ -312,6 +319,27 @@ def test_movement_needs_zero_points():
     check(build(f"{body} {end}"), "")
 
 
+@pytest.mark.parametrize(
+    ("op", "x", "w", "kernel"),
+    [
+        ("Gemm", "", ", wz", ""),
+        ("Gemm", ", xz", "", ""),
+        ("MatMul", "", "", "QLinearMatMul"),
+    ],
+)
+def test_zero_points_that_are_left_out(op, x, w, kernel):
+    body = f"q = QuantizeLinear(x, xs{x}) d = DequantizeLinear(q, xs{x})"
+    weight = f"v = DequantizeLinear<axis=1>(g, ws{w})"
+    check(rows(f"{body} {weight} [n] r = {op}(d, v)"), kernel)
+
+
+def test_arg_max_and_where_need_zero_points():
+    body = "q = QuantizeLinear(x, xs) d = DequantizeLinear(q, xs)"
+    check(build(f"{body} [n] y = ArgMax(d)", outputs="int64[] y"), "")
+    inputs = "float[N,3,8,8] x, bool[N,3,8,8] c"
+    check(build(f"{body} [n] r = Where(c, d, other)", inputs, **AXES), "")
+
+
 def test_split_needs_one_grid_for_all():
     body = (
         "[n] a, c = Split<axis=1, num_outputs=2>(xd) aq = QuantizeLinear(a, xs, xz)"
@@ -439,6 +467,37 @@ def test_pairs_behind_pairs_are_one():
     check(build(body), {"c": "QLinearConv"})
 
 
+@pytest.mark.parametrize(
+    ("weight", "ratio", "kernel"),
+    [
+        (0.05, 1.009, "QLinearConv"),
+        (0.05, 1.02, ""),
+        (0.0005, 1.09, "QLinearConv"),  # 1e-6 off, and 1 % of 1e-5
+        (0.0005, 1.2, ""),
+        (5e-6, 9.0, "QLinearConv"),  # 8e-7 off: computes other numbers
+        (5e-6, 12.0, ""),
+    ],
+)
+def test_slack_of_bias_scales(weight, ratio, kernel):
+    scales = {"ws": scale(weight, 4), "bs": scale(0.02 * weight * ratio, 4)}
+    check(build(CONV, **scales), kernel)
+
+
+def test_the_grid_of_pairs_that_become_one_is_that_of_float32():
+    # what both hold is what the first holds, but the last bit of its scale may differ
+    body = (
+        "[n] m = Transpose<perm=[0,1,3,2]>(xd) mq = QuantizeLinear(m, xs, xz)"
+        " r = DequantizeLinear(mq, xs, xz)"
+    )
+    kernels = set()
+    for value in (0.02, 0.09357, 0.00506):
+        proto = build(body, xs=scale(value), ys=scale(1.1 * value), yz=np.uint8(128))
+        found = next(p for p in predict(load(proto)) if p.name == "n")
+        check(proto, "Transpose" if found.integer else "")
+        kernels.add(found.integer)
+    assert kernels == {True, False}
+
+
 # ------------------------------------------------------------------------------- int8 on x86-64
 
 
@@ -489,3 +548,127 @@ def test_indices_and_shapes_are_not_counted():
     )
     proto = build(body, outputs="float[] y, float[] z", **AXES)
     assert [p.name for p in predict(load(proto)) if p.op not in ("Identity",)] == ["n"]
+
+
+# ------------------------------------------------------------------------------- at random
+
+
+PAIR = "{1}q = QuantizeLinear({0}, {2}s, {2}z) {1} = DequantizeLinear({1}q, {2}s, {2}z) "
+NETWORK = (
+    "a1 = Conv<pads=[1,1,1,1]>(xd, wd, bd) a2 = Relu(a1) " + PAIR.format("a2", "a", "y")
+    + "e1 = Conv<pads=[1,1,1,1]>(a, ve) " + PAIR.format("e1", "e", "z")
+    + "ve = DequantizeLinear(v, wst, wzt) s1 = Sigmoid(e) " + PAIR.format("s1", "s", "y")
+    + "m1 = Mul(e, s) " + PAIR.format("m1", "m", "z")
+    + "r1 = Add(m, a) " + PAIR.format("r1", "h", "z")
+    + "c1 = Concat<axis=1>(h, a) " + PAIR.format("c1", "c", "z")
+    + "p1 = MaxPool<kernel_shape=[2,2], strides=[2,2]>(c) " + PAIR.format("p1", "p", "z")
+    + "t1 = Transpose<perm=[0,2,3,1]>(p) " + PAIR.format("t1", "t", "z")
+    + "f1 = Flatten(t) " + PAIR.format("f1", "f", "z")
+    + "g1 = DequantizeLinear(g, wst, wzt) r = Gemm(f, g1, o) o = DequantizeLinear(b, bo)"
+)  # fmt: skip
+
+
+def network(signed):
+    order = NETWORK.replace("ve = DequantizeLinear(v, wst, wzt) ", "")
+    order = order.replace("o = DequantizeLinear(b, bo)", "")
+    head = "ve = DequantizeLinear(v, wst, wzt) o = DequantizeLinear(b, bo) "
+    constants = {
+        "v": integers(4, 4, 3, 3),
+        "g": integers(128, 4),
+        "bo": scale(0.002),
+        "zz": np.uint8(128),
+        **({**SIGNED, "zz": np.int8(0)} if signed else {}),
+    }
+    return build(head + order, **constants)
+
+
+def change(model, rng):
+    """Change a Q/DQ pair of a model as tools get them wrong."""
+    pairs = [n for n in model.graph.nodes if is_quantize(n) and n.inputs]
+    quantize = rng.choice(pairs)
+    source, integers_ = quantize.inputs[0], quantize.outputs[0]
+    both = [quantize, *(n for n in consumers(integers_) if is_dequantize(n))]
+    kind = rng.choice(["drop", "scale", "type", "no zero", "twice", "output", "reader"])
+    if kind == "drop":
+        for node in both[1:]:
+            if not model.is_output(node.outputs[0]):
+                for reader in [*node.outputs[0].outputs]:
+                    rewire(reader, node.outputs[0], source)
+    elif kind == "scale":
+        new = model.constant("scale", np.float32(rng.choice([0.01, 0.02, 0.07])))
+        for node in both:
+            node.inputs[1] = new
+    elif kind == "type":
+        dtype = rng.choice([np.uint8, np.int8, np.uint16])
+        new = model.constant("zero", dtype(rng.choice([0, 5])))
+        for node in both:
+            if len(node.inputs) > 2:
+                node.inputs[2] = new
+    elif kind == "no zero":
+        for node in both:
+            if len(node.inputs) > 2 and model.array(node.inputs[2]).dtype == np.uint8:
+                node.inputs.pop()
+    elif kind == "twice" and len(both) > 1:
+        after = both[1].outputs[0]
+        parts = [model.variable("twice", t) for t in (integers_.dtype, np.float32)]
+        for reader in [*after.outputs]:
+            rewire(reader, after, parts[1])
+        grid = [*quantize.inputs[1:]]
+        if rng.random() < 0.5:
+            grid[0] = model.constant("scale", np.float32(0.05))
+        nodes = [("QuantizeLinear", after, parts[0]), ("DequantizeLinear", *parts)]
+        model.insert([gs.Node(op, op, {}, [x, *grid], [y]) for op, x, y in nodes])
+    elif kind == "output" and producer(source) is not None and not model.is_output(source):
+        model.graph.outputs.append(source)
+    elif kind == "reader" and producer(source) is not None:
+        result = model.variable("read", np.float32)
+        model.insert([gs.Node("Tanh", "Tanh", {}, [source], [result])])
+        model.graph.outputs.append(result)
+
+
+@pytest.mark.parametrize(
+    ("body", "loads"),
+    [
+        ("m = MaxPool<kernel_shape=[2,2]>(xd) y = Tanh(m)", False),
+        ("m = Slice(xd, start, stop, axes) t = Transpose<perm=[0,1,3,2]>(m) y = Tanh(t)", False),
+        ("y = Transpose<perm=[0,1,3,2]>(xd)", False),
+        ("m = MaxPool<kernel_shape=[2,2]>(xd) r = Transpose<perm=[0,1,3,2]>(m)", True),
+        ("t = Tanh(x) r = Transpose<perm=[0,1,3,2]>(t)", True),
+    ],
+)
+def test_int8_that_spreads_does_not_load_on_x64(body, loads):
+    for opset in (17, 21):
+        model = load(build(body, opset=opset, **AXES, **SIGNED))
+        model.infer()
+        broken = bool(Rewritten(model, arm=False).unloadable)
+        assert broken is (opset == 21 and not loads)
+        if broken:
+            with pytest.raises(ModelError, match="output_dtype INT8 does not match"):
+                measure(model)
+        else:
+            measure(model)
+        measure(model, arm=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_models_that_are_changed_at_random(seed):
+    rng = random.Random(seed)
+    model = load(network(signed=bool(seed % 2)))
+    model.infer()
+    for _ in range(rng.choice([1, 2, 4])):
+        change(model, rng)
+    model.cleanup()
+    model.sort()
+    proto = model.to_proto()
+    try:
+        Session(proto, level="disabled")
+    except ModelError:
+        pytest.skip("the change made it no model")
+    model = load(proto)
+    model.infer()
+    for arm in (False, True):
+        if arm or not Rewritten(model, arm=False).unloadable:
+            check(proto, {}, arm)
+        else:
+            with pytest.raises(ModelError, match="output_dtype INT8 does not match"):
+                measure(load(proto))
