@@ -37,7 +37,7 @@ bench: $(DEV) ## run every script of benchmarks/; some need ONNXQ_ZOO
 		echo "== $$script"; $(BIN)/python $$script || [ $$? = 77 ] || exit 1; \
 	done
 
-docs: $(RUN) ## write docs/cli.md and docs/passes.md from the code
+docs: $(RUN) ## write docs/cli.md, passes.md and targets.md from the code
 	@$(BIN)/python docs/generate.py
 
 clean: ## remove what builds and runs leave behind; .venv stays

@@ -185,10 +185,14 @@ def _misfit(tensor: gs.Tensor, encoding: Encoding, target: Target) -> str | None
         types.update(*map(target.weight_types, ("float", *target.activations)))
     if encoding.dtype not in types:
         return f"{target.name} has no integer kernels for {encoding.dtype}"
+    if target.symmetric and encoding.zero_point.any():
+        return f"{target.name} wants zero points of 0"
     axis, shape = encoding.axis, tensor.shape
     if axis is None:
         return None
     if not isinstance(tensor, gs.Constant):
+        if not target.cpu:
+            return f"{target.name} has one scale per activation tensor"
         before = producer(tensor)
         if before is not None and before.op in ops.ACTIVATIONS:
             before = producer(before.inputs[0])

@@ -60,7 +60,11 @@ def summary(report: Report, source: Path, destination: Path) -> None:
         table.add_row(
             "MACs in integers",
             f"{100 * integers['share']:.1f} % of {millions(integers['macs'])} a sample"
-            f" (measured on the graph that onnxruntime {facts['versions']['onnxruntime']} runs)",
+            + (
+                f" (measured on the graph that onnxruntime {facts['versions']['onnxruntime']} runs)"
+                if integers["measured"]
+                else f" (by the contract of {facts['target']})"
+            ),
         )
     if alone := weight_only_share(report):
         table.add_row(

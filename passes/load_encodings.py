@@ -27,10 +27,10 @@ class LoadEncodings:
     The file is one of AIMET's, of version 0.6.1, 1.0.0 or 2.0.0, or the TensorQuantOverrides of
     onnxruntime.  Biases follow from inputs and weights, moved data from their source.
 
-    Refused: a file that names tensors or nodes which the model does not have, types that the target
-    has no kernels for, and scales per channel that do not fit the tensor.  Left in float: nodes of
-    which a tensor has no encoding.  Weight scales at which the int32 bias would overflow are
-    raised, and named.
+    Refused: a file that names tensors or nodes which the model does not have, types, zero points
+    and scales per channel that the target does not take, and scales that do not fit the tensor.
+    Left in float: nodes of which a tensor has no encoding.  Weight scales at which the int32 bias
+    would overflow are raised, and named.
 
     Args:
         path: An encodings file, as `onnxq quantize --save-encodings` writes it.

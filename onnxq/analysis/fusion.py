@@ -1,4 +1,7 @@
-"""Which layers of a Q/DQ model run in integers, read off the graph that onnxruntime really runs."""
+"""Which layers of a Q/DQ model run in integers, read off the graph that onnxruntime really runs.
+
+For what is not here to be run, the target's contract has to do.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,16 @@ from onnxq.analysis.cost import (
 )
 from onnxq.model import Model, consumers, load, producer
 from onnxq.runtime import Session
-from onnxq.targets import TARGETS
+from onnxq.targets import TARGETS, Target
 
-__all__ = ["Fusion", "LayerFusion", "Optimized", "integer_share", "optimized_graph"]
+__all__ = [
+    "Fusion",
+    "LayerFusion",
+    "Optimized",
+    "integer_share",
+    "optimized_graph",
+    "written_share",
+]
 
 _TARGET = TARGETS["ort-cpu"]
 # Operators of onnxruntime that multiply integers.
@@ -76,11 +86,13 @@ class Fusion:
 
     Args:
         layers: Every Conv, ConvTranspose, Gemm and MatMul, in graph order; subgraphs left out.
-        operators: Operator type -> nodes in onnxruntime's optimized graph.
+        operators: Operator type -> nodes in onnxruntime's optimized graph, or as written.
+        target: By whose contract the model was looked at; None if onnxruntime's graph was.
     """
 
     layers: list[LayerFusion]
     operators: dict[str, int]
+    target: Target | None = None
 
     @property
     def macs(self) -> int:
@@ -94,8 +106,8 @@ class Fusion:
 
     @property
     def possible_macs(self) -> int:
-        """MACs of the layers whose operator has an integer kernel in onnxruntime, per sample."""
-        return sum(n.macs or 0 for n in self.layers if _possible(n.op))
+        """MACs of the layers whose operator has an integer kernel, per sample."""
+        return sum(n.macs or 0 for n in self.layers if _possible(n.op, self.target))
 
     @property
     def share(self) -> float:
@@ -110,6 +122,7 @@ class Fusion:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
+            "measured": self.target is None,
             "macs": self.macs,
             "integer_macs": self.integer_macs,
             "possible_macs": self.possible_macs,
@@ -140,13 +153,7 @@ def integer_share(
     """
     model = model if isinstance(model, Model) else load(model)
     optimized = Optimized(optimized_graph(model, arm=arm))
-    costs = {c.name: c.macs for c in layer_costs(model, shapes or {})}
-    if None in costs.values():
-        known = {n: s for n, s in (shapes or {}).items() if s is not None}
-        inputs = {name: known[name] for name in model.inputs if name in known}
-        costs = {
-            c.name: c.macs for c in layer_costs(model, {**tensor_shapes(model, inputs), **known})
-        }
+    costs = _costs(model, shapes)
     layers = []
     for node in mac_nodes(model):
         found = optimized.find(node)
@@ -157,8 +164,53 @@ def integer_share(
     return Fusion(layers, dict(Counter(n.op_type for n in optimized.nodes).most_common()))
 
 
-def _possible(op: str) -> bool:
-    kernel = _TARGET.kernels.get(ops.PRODUCTS[op][0] if op in ops.PRODUCTS else op)
+def written_share(model: Model, target: Target, shapes: Shapes | None = None) -> Fusion:
+    """Which layers are written in integers that a target executes by its contract.
+
+    Args:
+        model: A Q/DQ model.
+        target: What is to run it.
+        shapes: Concrete shapes, as of `integer_share`.
+    """
+    costs = _costs(model, shapes)
+    layers = []
+    for node in mac_nodes(model):
+        reason = _unwritten(model, node, target)
+        kernel = node.op if reason else f"integer {node.op}"
+        layers.append(LayerFusion(node.name, node.op, costs[node.name], not reason, kernel, reason))
+    return Fusion(layers, dict(Counter(n.op for n in model.graph.nodes).most_common()), target)
+
+
+def _unwritten(model: Model, node: gs.Node, target: Target) -> str:
+    """Why a layer is not in integers by the contract; empty if it is."""
+    if not _possible(node.op, target):
+        return f"{target.name} has no integer {node.op}"
+    if node.name in model.encodings.float_nodes:
+        return f"left in float: {model.encodings.float_nodes[node.name]}"
+    types = [_integer_type(t) for t in node.inputs[:2]]
+    for tensor, kind in zip(node.inputs, types, strict=False):
+        if kind is None:
+            return f"its input {tensor.name} is not quantized"
+    if tuple(types) not in target.pairs:
+        return f"{target.name} has no integer {node.op} of {types[0]} and {types[1]}"
+    return ""
+
+
+def _costs(model: Model, shapes: Shapes | None) -> dict[str, int | None]:
+    """MACs of each layer."""
+    costs = {c.name: c.macs for c in layer_costs(model, shapes or {})}
+    if None in costs.values():
+        known = {n: s for n, s in (shapes or {}).items() if s is not None}
+        inputs = {name: known[name] for name in model.inputs if name in known}
+        costs = {
+            c.name: c.macs for c in layer_costs(model, {**tensor_shapes(model, inputs), **known})
+        }
+    return costs
+
+
+def _possible(op: str, target: Target | None = None) -> bool:
+    operator = ops.PRODUCTS[op][0] if op in ops.PRODUCTS else op
+    kernel = (target or _TARGET).kernels.get(operator)
     return kernel is not None and kernel.role == "layer"
 
 

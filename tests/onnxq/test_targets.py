@@ -7,18 +7,30 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 
+from onnxq import encodings_json
+from onnxq.analysis.fusion import integer_share, written_share
+from onnxq.api import quantize
 from onnxq.encoding import DTYPES, Format, in_bytes
-from onnxq.errors import TargetError
+from onnxq.errors import RecipeError, TargetError
 from onnxq.model import Model, load, producer
-from onnxq.pass_manager import PassManager
-from onnxq.passes import GPTQ, Calibrate, Clean, FoldBatchNorm, InsertQDQ, ResidualInput
+from onnxq.pass_manager import Context, PassManager
+from onnxq.passes import (
+    GPTQ,
+    Calibrate,
+    Clean,
+    FoldBatchNorm,
+    InsertQDQ,
+    LoadEncodings,
+    ResidualInput,
+)
 from onnxq.placement import data_inputs
-from onnxq.runtime import Session
 from onnxq.targets import TARGETS, target_named
 from tests import models
 from tests.checks import ops, run
 
 NAMES = [*TARGETS]
+# the CPU provider's others are written as the first of them is
+WRITTEN = ["ort-cpu", *(n for n, t in TARGETS.items() if not t.cpu)]
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -96,8 +108,8 @@ def assert_layer(model, node, target):
 # ---------------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=25, suppress_health_check=[*HealthCheck])
+@pytest.mark.parametrize("name", WRITTEN)
+@settings(deadline=None, max_examples=15, suppress_health_check=[*HealthCheck])
 @given(proto=models.networks())
 def test_what_is_written_obeys_the_contract(name, proto):
     for activations in TARGETS[name].activations:
@@ -106,8 +118,8 @@ def test_what_is_written_obeys_the_contract(name, proto):
         onnx.checker.check_model(model.to_proto(), full_check=True)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@settings(deadline=None, max_examples=10, suppress_health_check=[*HealthCheck])
+@pytest.mark.parametrize("name", WRITTEN)
+@settings(deadline=None, max_examples=6, suppress_health_check=[*HealthCheck])
 @given(proto=models.networks())
 def test_it_computes_about_what_the_float_model_does(name, proto):
     """At every level of optimization of the provider that can run it."""
@@ -214,13 +226,9 @@ def test_sixteen_bits_take_operator_set_21_and_lose_next_to_nothing(kind):
         model, _ = quantized(proto, "qnn", activations=activations, weights="int8/channel")
         assert types(model) == {activations}
         assert model.opset == (21 if activations == kind else 17)
-        # the weights' own noise left out: what is wrong in the float of rounded weights stays
         return float(np.abs(run(model, feed)["y"] - wanted).max())
 
     assert noise(kind) < noise("uint8")
-    model, _ = quantized(proto, "qnn", activations=kind)
-    path = Session(model.to_proto(), level="extended")
-    assert path.provider == "CPUExecutionProvider"
 
 
 def test_sixteen_bit_sigmoid_has_the_scale_that_qnn_wants():
@@ -360,3 +368,51 @@ def test_an_unknown_target_and_one_of_the_caller():
     model, _ = quantized(cnn(), own)
     assert types(model) == {"int8"}
     assert load(model.to_proto()).opset == 17
+
+
+# ---------------------------------------------------------------------- what is reported
+
+
+@pytest.mark.parametrize("name", ["nnapi", "qnn", "tensorrt", "openvino"])
+def test_shares_of_what_cannot_be_run_here_are_those_of_the_contract(name):
+    proto = cnn()
+    samples = [models.feeds(proto, seed=s) for s in range(2)]
+    _, report = quantize(load(proto), calib=samples, target=name)
+    integers = report.facts["integers"]
+    assert (integers["measured"], report.facts["target"]) == (False, name)
+    assert (integers["share"], integers["float_layers"]) == (1.0, 0)
+    assert any(f"the contract of {name}" in note for note in report.notes)
+    _, report = quantize(load(proto), calib=samples, target=name, exclude=["Gemm"])
+    (left,) = [n for n in report.facts["integers"]["layers"] if not n["integer"]]
+    assert (left["op"], left["reason"]) == ("Gemm", "left in float: excluded")
+
+
+def test_sixteen_bits_are_no_integers_on_the_cpu():
+    proto = cnn()
+    model, _ = quantized(proto, "qnn", activations="uint16")
+    assert written_share(model, TARGETS["qnn"]).share == 1.0
+    assert integer_share(model).integer_macs == 0
+    other = written_share(model, TARGETS["nnapi"])
+    assert other.integer_macs == 0
+    assert other.layers[0].reason == "nnapi has no integer Conv of uint16 and int8"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "says"),
+    [
+        ("ort-cpu", "tensorrt", "tensorrt has no integer kernels for uint8"),
+        ("xnnpack", "tensorrt", "tensorrt wants zero points of 0"),
+        ("tensorrt", "nnapi", "nnapi has no integer kernels for int8"),
+    ],
+)
+def test_encodings_of_another_target_are_refused(source, name, says, tmp_path):
+    proto = cnn()
+    samples = [models.feeds(proto, seed=s) for s in range(2)]
+    path = tmp_path / "encodings.json"
+    model = load(proto)
+    PassManager(Clean(), Calibrate()).apply(model, Context(samples, target=source))
+    encodings_json.save(model.encodings, path)
+    step = LoadEncodings(path=str(path))
+    with pytest.raises(RecipeError, match=says):
+        step.apply(load(proto), Context(target=name))
+    step.apply(load(proto), Context(target=source))
