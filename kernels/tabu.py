@@ -277,34 +277,67 @@ def _follow(
     twice: np.float32,
     move: np.ndarray,
     ease: np.ndarray,
+    until: np.ndarray,
+    now: np.int32,
+    places: np.int32,
     change: np.ndarray,
-    score: np.ndarray,
-) -> None:
-    """Changes and scores of all moves, once one is made; row is that of H, twice its step doubled.
+) -> np.int32:
+    """Change what all moves change, once one is made, and find the best that rests no more.
 
-    A score is the change where it is downhill; uphill it is the change by H_kk, or the search would
-    get no further than the weights that hardly matter.
+    A move counts as its change where that is downhill; uphill it is the change by H_kk, or the
+    search would get no further than the weights that hardly matter.  The least is found among
+    integers, whose minimum alone is vectorized: the floats' order above, the place in the last
+    bits, so that among changes which differ by less than about a thousandth any may be taken.
+
+    Args:
+        row: Of H, that of the weight which moves.
+        twice: Its step, doubled.
+        move: The step that is each weight's next.
+        ease: 1 / H_kk.
+        until: When each weight's rest ends.
+        now: The time.
+        places: 2^n - 1, not less than the last place.
+        change: What each move changes; brought up to date.
     """
+    most = np.int32(0x7FFFFFFF)
+    lowest = most
     for j in range(change.size):
         c = change[j] + twice * move[j] * row[j]
         change[j] = c
-        score[j] = c * ease[j] if c > 0 else c
+        key = np.float32(c * ease[j] if c > 0 else c).view(np.int32)
+        key = np.int32(key ^ (np.int32(key >> np.int32(31)) & most))  # negative ones are reversed
+        key = np.int32((key & ~places) | np.int32(j))
+        lowest = min(lowest, np.int32(key if until[j] <= now else most))
+    return np.int32(lowest & places)
 
 
 @kernel
-def _lowest(bits: np.ndarray, until: np.ndarray, now: np.int32) -> np.int64:
-    """The place of the least float32, given as its bits, that rests no more.
+def _answer(
+    row: np.ndarray,
+    twice: np.float32,
+    move: np.ndarray,
+    places: np.int32,
+    besides: int,
+    change: np.ndarray,
+) -> np.int32:
+    """The best move but one, were that made; the arguments are those of `_follow`."""
+    most = np.int32(0x7FFFFFFF)
+    lowest = most
+    for j in range(change.size):
+        key = np.float32(change[j] + twice * move[j] * row[j]).view(np.int32)
+        key = np.int32(key ^ (np.int32(key >> np.int32(31)) & most))
+        key = np.int32((key & ~places) | np.int32(j))
+        lowest = min(lowest, np.int32(key if j != besides else most))
+    return np.int32(lowest & places)
 
-    Integers, since only their minimum is vectorized: the floats' order above, the place below.
-    """
-    lowest = np.int64(0x7FFFFFFFFFFFFFFF)
-    for j in range(bits.size):
-        key = np.int64(bits[j])
-        key ^= (key >> 63) & 0x7FFFFFFF  # negative floats are ordered the other way
-        key = (key << 32) | j
-        key = key if until[j] <= now else np.int64(0x7FFFFFFFFFFFFFFF)
-        lowest = min(lowest, key)
-    return lowest & 0xFFFFFFFF
+
+@kernel
+def _places(columns: int) -> np.int32:
+    """The least 2^n - 1 that is no less than the last place."""
+    places = 1
+    while places < columns - 1:
+        places = 2 * places + 1
+    return np.int32(places)
 
 
 @kernel
@@ -318,7 +351,8 @@ def _enumerate(
     gram: np.ndarray, move: np.ndarray, change: np.ndarray, ease: np.ndarray, places: np.ndarray
 ) -> None:
     """The best of all choices for the weights at `places`, in the order of a Gray code."""
-    now, score = move.copy(), change.copy()
+    now, until = move.copy(), np.zeros(move.size, np.int32)
+    last = _places(move.size)
     total, best = 0.0, 0.0
     for count in range(1, 1 << places.size):
         bit = 0
@@ -328,7 +362,7 @@ def _enumerate(
         own, step = change[k], now[k]
         total += own
         now[k] = -step
-        _follow(gram[k], 2 * step, now, ease, change, score)
+        _follow(gram[k], 2 * step, now, ease, until, np.int32(0), last, change)
         change[k] = -own
         if total < best:
             best = total
@@ -360,9 +394,8 @@ def _search(
     """
     columns = move.shape[1]
     change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
-    score, now = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    bits = score.view(np.int32)
-    until = np.empty(columns, np.int32)
+    now, until = np.empty(columns, np.float32), np.empty(columns, np.int32)
+    last = _places(columns)
     for r in range(move.shape[0]):
         h = gram[(begin + r) // each]
         _changes(h, move[r], pull[r], change)
@@ -376,24 +409,22 @@ def _search(
         now[:], until[:] = move[r], 0
         least = min(rest, places.size // 3)
         total, best = 0.0, 0.0
-        _follow(h[0], np.float32(0), now, ease, change, score)
+        k = _follow(h[0], np.float32(0), now, ease, until, np.int32(0), last, change)
         for i in range(max(1, int(sweeps * places.size))):
-            k = _lowest(bits, until, np.int32(i))
             own = change[k]
             # only at the bottom of a descent, since keeping a state costs as much as a move
             if own >= 0 and total < best - LEAST:
                 best = total
                 move[r] = now
-            total += own
-            step = now[k]
-            now[k] = -step
-            _follow(h[k], 2 * step, now, ease, change, score)
-            change[k] = -own
-            score[k] = -own * ease[k] if own < 0 else -own
             state ^= state << np.uint64(13)  # xorshift64
             state ^= state >> np.uint64(7)
             state ^= state << np.uint64(17)
             until[k] = i + 1 + least + np.int32(state % np.uint64(least))
+            total += own
+            moved, step = k, now[k]
+            now[k] = -step
+            k = _follow(h[k], 2 * step, now, ease, until, np.int32(i + 1), last, change)
+            change[moved] = -own
         if total < best - LEAST:
             move[r] = now
         states[begin + r] = state
@@ -404,30 +435,29 @@ def _descend(gram: np.ndarray, each: int, begin: int, move: np.ndarray, pull: np
     """Single moves, then each move with its best partner, until nothing improves."""
     columns = move.shape[1]
     change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
-    score, after = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    bits, bits_after = change.view(np.int32), after.view(np.int32)
-    until = np.zeros(columns, np.int32)
+    until, last = np.zeros(columns, np.int32), _places(columns)
     for r in range(move.shape[0]):
         h, now = gram[(begin + r) // each], move[r]
         _changes(h, now, pull[r], change)
+        first = _follow(h[0], np.float32(0), now, ease, until, np.int32(0), last, change)
         k, tried = np.int64(0), 0
         left = 100 * columns  # no more moves than that, should rounding make them go round
         while tried < columns and left > 0:
-            j = _lowest(bits, until, np.int32(0))
-            own = change[j]
+            j, own = np.int64(first), change[first]
             if own >= -LEAST:
                 j, own = k, change[k]
                 k = k + 1 if k + 1 < columns else np.int64(0)
                 tried += 1
                 if now[j] == 0:
                     continue
-                after[:] = change
-                _follow(h[j], 2 * now[j], now, ease, after, score)
-                after[j] = NEVER
-                if own + after[_lowest(bits_after, until, np.int32(0))] >= -LEAST:
+                twice = 2 * now[j]
+                partner = _answer(h[j], twice, now, last, j, change)
+                answer = change[partner] + twice * now[partner] * h[j, partner]
+                if partner == j or own + answer >= -LEAST:
                     continue
             twice = 2 * now[j]
             now[j] = -now[j]
-            _follow(h[j], twice, now, ease, change, score)
-            change[j] = -own
+            until[j] = 1  # back is never the best, and what it changes is not yet right
+            first = _follow(h[j], twice, now, ease, until, np.int32(0), last, change)
+            until[j], change[j] = 0, -own
             tried, left = 0, left - 1
