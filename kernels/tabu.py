@@ -274,7 +274,7 @@ def _states(seed: int, rows: int) -> np.ndarray:
 @kernel
 def _follow(
     row: np.ndarray,
-    twice: np.float32,
+    step: np.float32,
     move: np.ndarray,
     ease: np.ndarray,
     until: np.ndarray,
@@ -291,7 +291,7 @@ def _follow(
 
     Args:
         row: Of H, that of the weight which moves.
-        twice: Its step, doubled.
+        step: The one it makes.
         move: The step that is each weight's next.
         ease: 1 / H_kk.
         until: When each weight's rest ends.
@@ -299,6 +299,7 @@ def _follow(
         places: 2^n - 1, not less than the last place.
         change: What each move changes; brought up to date.
     """
+    twice = np.float32(2) * step  # 2 alone would make it float64
     most = np.int32(0x7FFFFFFF)
     lowest = most
     for j in range(change.size):
@@ -314,13 +315,14 @@ def _follow(
 @kernel
 def _answer(
     row: np.ndarray,
-    twice: np.float32,
+    step: np.float32,
     move: np.ndarray,
     places: np.int32,
     besides: int,
     change: np.ndarray,
 ) -> np.int32:
     """The best move but one, were that made; the arguments are those of `_follow`."""
+    twice = np.float32(2) * step  # 2 alone would make it float64
     most = np.int32(0x7FFFFFFF)
     lowest = most
     for j in range(change.size):
@@ -362,7 +364,7 @@ def _enumerate(
         own, step = change[k], now[k]
         total += own
         now[k] = -step
-        _follow(gram[k], 2 * step, now, ease, until, np.int32(0), last, change)
+        _follow(gram[k], step, now, ease, until, np.int32(0), last, change)
         change[k] = -own
         if total < best:
             best = total
@@ -423,7 +425,7 @@ def _search(
             total += own
             moved, step = k, now[k]
             now[k] = -step
-            k = _follow(h[k], 2 * step, now, ease, until, np.int32(i + 1), last, change)
+            k = _follow(h[k], step, now, ease, until, np.int32(i + 1), last, change)
             change[moved] = -own
         if total < best - LEAST:
             move[r] = now
@@ -450,14 +452,13 @@ def _descend(gram: np.ndarray, each: int, begin: int, move: np.ndarray, pull: np
                 tried += 1
                 if now[j] == 0:
                     continue
-                twice = 2 * now[j]
-                partner = _answer(h[j], twice, now, last, j, change)
-                answer = change[partner] + twice * now[partner] * h[j, partner]
+                partner = _answer(h[j], now[j], now, last, j, change)
+                answer = change[partner] + 2 * now[j] * now[partner] * h[j, partner]
                 if partner == j or own + answer >= -LEAST:
                     continue
-            twice = 2 * now[j]
-            now[j] = -now[j]
+            step = now[j]
+            now[j] = -step
             until[j] = 1  # back is never the best, and what it changes is not yet right
-            first = _follow(h[j], twice, now, ease, until, np.int32(0), last, change)
+            first = _follow(h[j], step, now, ease, until, np.int32(0), last, change)
             until[j], change[j] = 0, -own
             tried, left = 0, left - 1
