@@ -26,10 +26,11 @@ import numpy as np
 from _zoo import stream
 
 import onnxq
+from onnxq.kernels.objective import objective
 from onnxq.kernels.relaxation import Relaxation, relax
 from onnxq.kernels.rounding import gptq, inverse_factor, shrink
 from onnxq.kernels.scales import output_scales
-from onnxq.kernels.tabu import choices, objective, tabu_search
+from onnxq.kernels.tabu import choices, tabu_search
 from onnxq.passes import Clean, FoldBatchNorm
 from onnxq.second_order import collect, input_session, rows_of, supports
 

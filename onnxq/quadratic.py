@@ -13,6 +13,7 @@ import numpy as np
 
 from onnxq.biases import least_scale, written_bias
 from onnxq.encoding import SMALLEST_SCALE, Encoding
+from onnxq.kernels.objective import objective
 from onnxq.kernels.rounding import gptq, inverse_factor, shrink
 from onnxq.kernels.scales import (
     output_scale,
@@ -21,7 +22,6 @@ from onnxq.kernels.scales import (
     refit_scales,
     searched_scales,
 )
-from onnxq.kernels.tabu import objective
 from onnxq.model import Layer
 from onnxq.patches import rows_of, weight_of
 from onnxq.placement import Ends
@@ -32,6 +32,8 @@ __all__ = ["Quadratic", "settle"]
 
 # Of the mean of H's diagonal, added to it: patches may span fewer dimensions than they have.
 _RIDGE = 1e-6
+# Scales that are tried before short searches look around the best of them.
+_CANDIDATES = 16
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ class Quadratic:
             one = output_scale(*given, base=float(self.scale[0]))
             scale = np.full(self.scale.shape, max(float(one), self.least.max()))
             return np.asarray(scale, np.float32)
-        around = np.maximum(output_scales(*given, base=self.scale), self.least)
+        around = output_scales(*given, base=self.scale, candidates=_CANDIDATES)
+        around = np.maximum(around, self.least)
         found = searched_scales(*given, around=around, seed=seed, threads=threads)
         return np.asarray(np.maximum(found, self.least), np.float32)
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxq.kernels.quantize import fake_quantize
-from onnxq.kernels.tabu import choices, objective, tabu_search
+from onnxq.kernels.objective import objective
+from onnxq.kernels.tabu import choices, tabu_search
 
 
 def problem(rows, columns, seed, *, rank=None, linear=False, groups=None):
