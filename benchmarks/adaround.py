@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _one_thread  # noqa: F401
 import _zoo
 import numpy as np
 from _zoo import stream

@@ -63,7 +63,7 @@ def _answer(
     step: np.float32,
     move: np.ndarray,
     places: np.int32,
-    besides: int,
+    besides: np.int64,
     change: np.ndarray,
 ) -> np.int32:
     """The best move but one, were that made; the arguments are those of `_follow`."""
@@ -97,7 +97,11 @@ def _changes(gram: np.ndarray, move: np.ndarray, pull: np.ndarray, change: np.nd
 def _enumerate(
     gram: np.ndarray, move: np.ndarray, change: np.ndarray, ease: np.ndarray, places: np.ndarray
 ) -> float:
-    """Take the best of all choices for the weights at `places`, in the order of a Gray code; its change."""
+    """Take the best of all choices for the weights at `places`, in the order of a Gray code.
+
+    Returns:
+        What they change.
+    """
     now, until = move.copy(), np.zeros(move.size, np.int32)
     last = _places(move.size)
     total, best = 0.0, 0.0
@@ -153,8 +157,8 @@ def walk(
         if places.size <= EXHAUSTIVE:
             gained[begin + r] += _enumerate(h, move[r], change, ease, places)
             continue
-        for k in places:
-            ease[k] = 1 / h[k, k]
+        for place in places:
+            ease[place] = 1 / h[place, place]
         state = streams[begin + r]
         now[:], until[:] = move[r], 0
         least = min(rest, places.size // 3)

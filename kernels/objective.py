@@ -48,10 +48,11 @@ class Objective:
     def single(self) -> np.ndarray:
         """H in units, float32 [G, K, K]."""
         out = np.empty(self.gram.shape, np.float32)
-        return np.divide(self.gram, self.unit, out=out, casting="same_kind")
+        np.divide(self.gram, self.unit, out=out, casting="same_kind")
+        return out
 
     def pull(self, error: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """g = d H + g0 in units, [G, R, K], and the objective d H d^T + 2 d g0, float64 [G, R].
+        """G = d H + g0 in units, [G, R, K], and the objective d H d^T + 2 d g0, float64 [G, R].
 
         A float32 product of terms of either sign is wrong by about 2^-24 sqrt(K) of their size;
         where all rows' objectives together are not a thousand times that, they are float64.

@@ -8,6 +8,9 @@ from onnxq.kernels._jit import kernel, read_only
 
 __all__ = ["gptq", "inverse_factor", "shrink"]
 
+# Rows of a large matrix that are worked on at once.
+_ROWS = 256
+
 
 def shrink(
     gram: np.ndarray, count: int, half: np.ndarray | None = None, other: np.ndarray | None = None
@@ -19,25 +22,35 @@ def shrink(
     depend on one another, such as patches of one picture, too.
 
     Args:
-        gram: Second moments, float64 [K, K].
+        gram: Second moments, float64 or float32 [K, K].
         count: Samples that it is the mean of.
         half: The same from half of the samples.
         other: The same from the other half.
 
     Source: Schaefer and Strimmer 2005, target D; Gaussian variance of the entries.
     """
-    diagonal = np.diag(gram)
-    off = gram - np.diag(diagonal)
-    signal = np.square(off).sum()
+    diagonal = np.diag(gram).astype(np.float64)
+    signal = _off_diagonal(gram)
     if half is not None and other is not None:
-        apart = half - other
-        noise = (np.square(apart).sum() - np.square(np.diag(apart)).sum()) / 4
-        intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
-        return np.asarray((1 - intensity) * off + np.diag(diagonal))
-    noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
+        noise = _off_diagonal(half, other) / 4
+    else:
+        noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
     intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
-    shrunk: np.ndarray = (1 - intensity) * off + np.diag(diagonal)
+    shrunk: np.ndarray = gram * gram.dtype.type(1 - intensity)
+    np.fill_diagonal(shrunk, diagonal)
     return shrunk
+
+
+def _off_diagonal(gram: np.ndarray, other: np.ndarray | None = None) -> float:
+    """The sum of squares beside the diagonal, of a matrix or of the difference of two."""
+    total = 0.0
+    for begin in range(0, len(gram), _ROWS):  # so that nothing as large is made on the way
+        rows = gram[begin : begin + _ROWS].astype(np.float64)
+        if other is not None:
+            rows -= other[begin : begin + _ROWS]
+        rows.flat[begin :: len(gram) + 1] = 0
+        total += float(np.vdot(rows, rows))
+    return total
 
 
 def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:

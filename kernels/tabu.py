@@ -261,9 +261,9 @@ class _Problem:
         state = _State(self, self.nearest, seed, threads)
         pull, cost = self._pull(state.steps())
         state.walk(pull, sweeps, RESTS[-1])
-        return cost + state.gained * np.square(self.scale, dtype=np.float64).reshape(
-            -1
-        ) * np.repeat(self.objective.unit.reshape(-1), self.scale.shape[1])
+        unit = np.repeat(self.objective.unit.reshape(-1), self.scale.shape[1])
+        unit *= np.square(self.scale, dtype=np.float64).reshape(-1)
+        return np.asarray(cost + state.gained * unit)
 
     def widen(self, steps: np.ndarray) -> None:
         """Let each weight choose between where it is and its next step down the gradient."""

@@ -75,24 +75,23 @@ class Quadratic:
         rows = np.ascontiguousarray(rows_of(layer), np.float32)
         linear = None
         noise = 0.0
-        apart = [_moment(half, biased) for half in statistics.halves or ()]
+        apart = [_short(half, biased) for half in statistics.halves or ()]
         if statistics.is_shifted:
-            linear = np.matmul(rows.astype(np.float64), _drift(statistics, biased))
+            linear = statistics.drift(rows, centred=biased)
             linear *= _trust(rows, statistics, biased)
         else:
             x = layer.model.encodings.get(layer.x.name)
             noise = 0.0 if x is None else float(x.scale) ** 2 / 12
-        gram = np.empty_like(moment)
         for g, h in enumerate(moment):
-            gram[g] = shrink(h, statistics.sampled, *(a[g] for a in apart))
+            moment[g] = shrink(h, statistics.sampled, *(a[g] for a in apart))
             ridge = noise + _RIDGE * float(np.trace(h)) / len(h) + 1e-30
-            gram[g].flat[:: len(h) + 1] += ridge
+            moment[g].flat[:: len(h) + 1] += ridge
         count = rows.shape[0] * rows.shape[1]
         scale = np.ascontiguousarray(np.broadcast_to(encoding.scale, count), np.float32)
         zero = np.ascontiguousarray(np.broadcast_to(encoding.zero_point, count), np.int32)
         return cls(
             rows=rows,
-            gram=gram,
+            gram=moment,
             linear=linear,
             scale=scale,
             zero=zero,
@@ -215,11 +214,11 @@ def _moment(statistics: SecondOrder, biased: bool) -> np.ndarray:
     return statistics.covariance if biased else statistics.moment
 
 
-def _drift(statistics: SecondOrder, biased: bool) -> np.ndarray:
-    """H - C, [G, K, K]."""
+def _short(statistics: SecondOrder, biased: bool) -> np.ndarray:
+    """The same as it was added up: in float32 where K is large."""
     if biased:
-        return np.asarray(statistics.covariance - statistics.cross_covariance)
-    return np.asarray(statistics.moment - statistics.cross_moment)
+        return np.asarray(statistics.scatter / np.float32(max(statistics.sampled, 1)))
+    return statistics.moment.astype(statistics.scatter.dtype)
 
 
 def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:
@@ -231,16 +230,25 @@ def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:
     if statistics.halves is None:
         return 0.0
     found = []
-    wide = rows.astype(np.float64)
     for one, other in (statistics.halves, statistics.halves[::-1]):
-        here, there = _moment(one, biased), _moment(other, biased)
-        pull, test = (np.matmul(wide, _drift(half, biased)) for half in (one, other))
+        here, there = _short(one, biased), _short(other, biased)
+        pull, test = (half.drift(rows, centred=biased) for half in (one, other))
         gain = cost = 0.0
         for g, h in enumerate(here):
             h = shrink(h, one.sampled, here[g], there[g])
             h.flat[:: len(h) + 1] += _RIDGE * np.trace(h) / len(h) + 1e-30
-            move = -np.linalg.solve(h, pull[g].T).T
+            move = -_solved(h, pull[g])
             gain -= float(np.einsum("ok,ok->", move, test[g]))
-            cost += float(np.einsum("ok,ok->", move @ there[g], move))
+            cost += float(np.einsum("ok,ok->", move @ there[g], move, dtype=np.float64))
         found.append(gain / cost if cost > 0 else 0.0)
     return float(np.clip(np.mean(found), 0.0, 1.0))
+
+
+def _solved(h: np.ndarray, pull: np.ndarray) -> np.ndarray:
+    """G H^-1, in H's precision where that leaves no more than a hundredth of g."""
+    short = pull.astype(h.dtype)
+    found = np.linalg.solve(h, short.T).T
+    missed = np.linalg.norm(found @ h - short)
+    if h.dtype == np.float32 and not missed <= 0.01 * np.linalg.norm(short):
+        found = np.linalg.solve(h.astype(np.float64), pull.T).T
+    return np.asarray(found)
