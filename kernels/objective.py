@@ -10,6 +10,8 @@ __all__ = ["Objective", "objective"]
 
 # What float32 may get wrong of an objective, as a share of it, where it is compared.
 TOLERANCE = 1e-3
+# Columns of an H that the cache holds in float32.
+CACHED = 2048
 
 
 def objective(error: np.ndarray, gram: np.ndarray, linear: np.ndarray | None = None) -> np.ndarray:
@@ -43,6 +45,25 @@ class Objective:
         self.linear = linear
         self.diagonal = np.diagonal(gram, axis1=1, axis2=2)
         self.unit = np.maximum(self.diagonal.mean(axis=1), 1e-300).reshape(-1, 1, 1)
+
+    @cached_property
+    def walked(self) -> tuple[np.ndarray, np.ndarray]:
+        """H in units for walks, and what to multiply it by, float32 [G].
+
+        Where rows are so long that H does not fit into the cache, int16, or reading it takes most
+        of the time; walks start from exact pulls.
+        """
+        grain = np.ones(len(self.gram), np.float32)
+        if self.gram.shape[-1] <= CACHED:
+            return self.single, grain
+        most = np.maximum(np.abs(self.diagonal).max(axis=1), 1e-300)  # of all, as H is of moments
+        grain = (most / self.unit[:, 0, 0] / 32767).astype(np.float32)
+        short = np.empty(self.gram.shape, np.int16)
+        for out, h, step in zip(short, self.single, grain, strict=True):
+            for begin in range(0, len(h), 256):  # so that nothing as large is made on the way
+                rows = slice(begin, begin + 256)
+                out[rows] = np.rint(h[rows] / step)
+        return short, grain
 
     @cached_property
     def single(self) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["gptq", "inverse_factor", "shrink"]
+__all__ = ["gptq", "inverse_factor", "shrink", "solved"]
 
 # Rows of a large matrix that are worked on at once.
 _ROWS = 256
@@ -51,6 +51,34 @@ def _off_diagonal(gram: np.ndarray, other: np.ndarray | None = None) -> float:
         rows.flat[begin :: len(gram) + 1] = 0
         total += float(np.vdot(rows, rows))
     return total
+
+
+def solved(gram: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The x with x H = w, by a factor of H, in H's precision, [R, K].
+
+    In blocks, since most of the time for a large matrix is then that of products, which are many
+    times faster than what LAPACK does by itself.
+
+    Args:
+        gram: H, positive definite, [K, K].
+        wanted: w, [R, K].
+
+    Raises:
+        numpy.linalg.LinAlgError: H is not positive definite, in its precision.
+    """
+    blocks = [slice(k, k + _ROWS) for k in range(0, len(gram), _ROWS)]
+    factor = np.tril(gram)  # L, H = L L^T
+    inverses = []
+    x = wanted.astype(gram.dtype)
+    for b in blocks:
+        left = factor[b.start :, : b.start]
+        factor[b.start :, b] -= left @ left[:_ROWS].T
+        inverses.append(np.linalg.inv(np.linalg.cholesky(factor[b, b])).astype(gram.dtype))
+        factor[b.stop :, b] = factor[b.stop :, b] @ inverses[-1].T
+        x[:, b] = (x[:, b] - x[:, : b.start] @ left[:_ROWS].T) @ inverses[-1].T
+    for b, inverse in zip(blocks[::-1], inverses[::-1], strict=True):
+        x[:, b] = (x[:, b] - x[:, b.stop :] @ factor[b.stop :, b]) @ inverse
+    return x
 
 
 def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from onnxq.kernels._jit import read_only
-from onnxq.kernels.moves import descend, walk
+from onnxq.kernels.moves import SILENT, descend, walk
 from onnxq.kernels.objective import Objective, objective
 
 __all__ = ["Choices", "choices", "short_search", "tabu_search", "usual_sweeps"]
@@ -41,8 +41,6 @@ RESTS = (16, 8, 4)
 # Rows of no more columns end with a descent that tries pairs, which costs K^2; of no more than a
 # quarter, every round does.
 PAIRED = 2048
-# Columns with less of the mean diagonal are constant: they have no say.
-SILENT = 1e-9
 
 
 def usual_sweeps(columns: int) -> float:
@@ -287,7 +285,7 @@ class _State:
     def __init__(self, problem: _Problem, first: np.ndarray, seed: int, threads: int) -> None:
         self._low, self._high = problem.low, problem.high
         self._first = np.where(problem.open, first, problem.quiet)
-        self._gram = problem.objective.single
+        self._gram, self._grain = problem.objective.walked
         self._threads = threads
         move = np.where(problem.open, np.where(self._first == self._low, 1, -1), 0)
         self._move = np.ascontiguousarray(move, np.float32).reshape(-1, first.shape[-1])
@@ -313,7 +311,8 @@ class _State:
 
         def piece(begin: int) -> None:
             part = slice(begin, begin + ROWS)
-            given = read_only(self._gram), rows // len(self._gram), begin
+            each = rows // len(self._gram)
+            given = read_only(self._gram), read_only(self._grain), each, begin
             work(*given, self._move[part], read_only(pull[part]), *rest)
 
         with ThreadPoolExecutor(self._threads) as pool:

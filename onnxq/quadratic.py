@@ -14,7 +14,7 @@ import numpy as np
 from onnxq.biases import least_scale, written_bias
 from onnxq.encoding import SMALLEST_SCALE, Encoding
 from onnxq.kernels.objective import objective
-from onnxq.kernels.rounding import gptq, inverse_factor, shrink
+from onnxq.kernels.rounding import gptq, inverse_factor, shrink, solved
 from onnxq.kernels.scales import (
     output_scale,
     output_scales,
@@ -33,7 +33,7 @@ __all__ = ["Quadratic", "settle"]
 # Of the mean of H's diagonal, added to it: patches may span fewer dimensions than they have.
 _RIDGE = 1e-6
 # Scales that are tried before short searches look around the best of them.
-_CANDIDATES = 16
+_CANDIDATES = 12
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ class Quadratic:
     def refitted(self, values: np.ndarray) -> tuple[Quadratic, np.ndarray]:
         """The problem with the scales that serve the integers of a rounding best, and its values.
 
-        Where one scale is for all rows, that is their sum's best.  Rows that it does not help keep
-        their scale.
+        Where one scale is for all rows, that is their sum's best.  Rows whose best is none that may
+        be keep their scale.
         """
         scale = self.scale.reshape(*self.rows.shape[:2], 1)
         codes = np.rint(values / scale)
@@ -133,12 +133,7 @@ class Quadratic:
         fits &= fits.all() or not self.per_tensor
         new = np.where(fits, new, self.scale).astype(np.float32)
         moved = codes.astype(np.float32) * new.reshape(scale.shape)
-        before, after = self.cost(values), self.cost(moved)
-        helps = (
-            np.full(before.shape, after.sum() < before.sum()) if self.per_tensor else after < before
-        )
-        found = np.where(helps.reshape(scale.shape), moved, values)
-        return self.with_scale(np.where(helps, new, self.scale)), found
+        return self.with_scale(new), np.where(fits.reshape(scale.shape), moved, values)
 
     @property
     def nearest(self) -> np.ndarray:
@@ -246,9 +241,13 @@ def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:
 
 def _solved(h: np.ndarray, pull: np.ndarray) -> np.ndarray:
     """G H^-1, in H's precision where that leaves no more than a hundredth of g."""
-    short = pull.astype(h.dtype)
-    found = np.linalg.solve(h, short.T).T
-    missed = np.linalg.norm(found @ h - short)
-    if h.dtype == np.float32 and not missed <= 0.01 * np.linalg.norm(short):
-        found = np.linalg.solve(h.astype(np.float64), pull.T).T
-    return np.asarray(found)
+    if h.dtype == np.float64:
+        return np.asarray(np.linalg.solve(h, pull.T).T)
+    try:
+        found = solved(h, pull)
+    except np.linalg.LinAlgError:
+        found = np.zeros_like(pull)
+    missed = np.linalg.norm(found @ h - pull)
+    if missed <= 0.01 * np.linalg.norm(pull):
+        return found
+    return np.asarray(np.linalg.solve(h.astype(np.float64), pull.T).T)

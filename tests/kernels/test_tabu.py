@@ -230,3 +230,14 @@ def test_short_searches_tell_what_they_reach(columns):
         assert costs.sum() > best.sum() - 1e-3 * abs(best.sum())
         if columns < 12:  # all choices are tried
             np.testing.assert_allclose(costs, best, rtol=1e-3, atol=1e-6 * near.max())
+
+
+def test_long_rows_are_searched_as_well_in_whole_grains(monkeypatch):
+    """H of long rows is read as int16."""
+    args, _ = problem(40, 300, 4)
+    plain = cost(tabu_search(*args, sweeps=2), args, None)
+    monkeypatch.setattr("onnxq.kernels.objective.CACHED", 200)
+    short = cost(tabu_search(*args, sweeps=2), args, None)
+    assert (short != plain).any()  # another way
+    assert short.sum() < 1.02 * plain.sum()
+    assert cost(tabu_search(*args, sweeps=0), args, None).sum() < 1.3 * plain.sum()
