@@ -71,17 +71,18 @@ class Quadratic:
         """
         encoding = layer.model.encodings[layer.weight_tensor.name]
         biased = takes_bias(layer)
-        moment = _moment(statistics, biased)
         rows = np.ascontiguousarray(rows_of(layer), np.float32)
         linear = None
         noise = 0.0
-        apart = [_short(half, biased) for half in statistics.halves or ()]
         if statistics.is_shifted:
             linear = statistics.drift(rows, centred=biased)
             linear *= _trust(rows, statistics, biased)
         else:
             x = layer.model.encodings.get(layer.x.name)
             noise = 0.0 if x is None else float(x.scale) ** 2 / 12
+        # only now, since a large H fills the memory as often as it is at hand
+        apart = [_short(half, biased) for half in statistics.halves or ()]
+        moment = _moment(statistics, biased)
         for g, h in enumerate(moment):
             moment[g] = shrink(h, statistics.sampled, *(a[g] for a in apart))
             ridge = noise + _RIDGE * float(np.trace(h)) / len(h) + 1e-30
