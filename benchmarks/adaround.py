@@ -8,7 +8,11 @@ scales by output error, on the same second moments of the float model's inputs, 
 diagonals as `gptq` does.  Shown are the errors relative to rounding to nearest, and processor
 seconds: GPTQ, the relaxation of the AdaRound paper at a tenth of its iterations and at all of them,
 both with a final descent, and the search.  Layers whose relaxation would take more than --macs
-multiply-adds an iteration are left out, and counted.
+multiply-adds an iteration are left out, and counted.  Everything runs on one thread.
+
+Last, what statistics and search of a layer of 512 rows make of the machine: the float32 arithmetic
+of second moments beside numpy's product of matrices of the same shape, and the bytes of H that
+moves read beside those that a copy of as much reads.
 """
 
 from __future__ import annotations
@@ -21,17 +25,27 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import _one_thread  # noqa: F401
 import _zoo
 import numpy as np
 from _zoo import stream
 
 import onnxq
+from onnxq.kernels.objective import CACHED, objective
 from onnxq.kernels.relaxation import Relaxation, relax
 from onnxq.kernels.rounding import gptq, inverse_factor, shrink
 from onnxq.kernels.scales import output_scales
-from onnxq.kernels.tabu import choices, objective, tabu_search
+from onnxq.kernels.tabu import choices, tabu_search
 from onnxq.passes import Clean, FoldBatchNorm
-from onnxq.second_order import collect, input_session, rows_of, supports
+from onnxq.patches import PatchSource
+from onnxq.second_order import (
+    Accumulator,
+    SecondOrder,
+    collect,
+    input_session,
+    rows_of,
+    supports,
+)
 
 MODELS = ("cifar_resnet20", "mobilenetv1_075", "m5_speech", "espnet_camvid")
 QMIN, QMAX = -8, 7
@@ -71,7 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows.append(measure(pair[0].stem, name, weight, gram, args.iterations))
             print(f"{rows[-1]['model']} {name}", file=sys.stderr)
     print(table(rows, args.iterations))
-    print(f"\n{summary(rows)}; {left_out} layers left out")
+    print(f"\n{summary(rows)}; {left_out} layers left out\n")
+    for columns in (64, 144) if args.quick else (576, 1152, 2304, 4608):
+        print(limits(columns))
     _zoo.OUT.mkdir(exist_ok=True)
     (_zoo.OUT / "adaround.json").write_text(json.dumps(rows, indent=1))
 
@@ -174,6 +190,48 @@ def table(rows: list[dict[str, Any]], iterations: int) -> str:
         shape = " x ".join(map(str, row["shape"]))
         lines.append(f"| {row['model']} | {row['layer']} | {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def limits(columns: int, each: int = 512, patches: int = 4096, moves: int = 20_000) -> str:
+    """What statistics and search of a layer reach, and what the machine gives for their shapes."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(1, each, columns)).astype(np.float32)
+    x = [np.abs(rng.normal(size=(patches, columns)).astype(np.float32)) for _ in range(2)]
+    few = 4 * each <= columns
+    source = PatchSource("x", "rows", 1, (), (), columns)
+
+    def collected() -> SecondOrder | None:
+        total = Accumulator(source, patches, rng, shifted=True, rows=weight if few else None)
+        total.add(*x)
+        return total.result()
+
+    asked = patches * columns * (columns + (4 * each if few else 2 * columns))
+    seconds = min(timed(collected) for _ in range(2))
+    wide = np.empty((columns, columns), np.float32)
+    peak = min(timed(lambda: np.dot(x[0].T, x[1], out=wide)) for _ in range(2))
+    found = collected()
+    assert found is not None
+    gram = found.covariance
+    scale = np.abs(weight).max(axis=-1).reshape(-1) / QMAX
+    given = (weight[:, :64], scale[:64], np.zeros(64, np.int32), QMIN, QMAX, gram)
+    more = [
+        timed(lambda s=s: tabu_search(*given, pairs=False, sweeps=s))
+        for s in (1, 1 + moves / columns)
+    ]
+    read = moves * 64 * columns * (2 if columns > CACHED else 4) / (more[1] - more[0])
+    copied = gram.nbytes / min(timed(gram.copy) for _ in range(3))
+    return (
+        f"K = {columns}: statistics at {asked / seconds / 1e9:.0f} GFLOP/s, numpy's product at "
+        f"{2 * patches * columns**2 / peak / 1e9:.0f}; moves read H at {read / 1e9:.1f} GB/s, "
+        f"a copy of it reads at {copied / 1e9:.1f}"
+    )
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Processor seconds."""
+    before = time.process_time()
+    work()
+    return time.process_time() - before
 
 
 def summary(rows: list[dict[str, Any]]) -> str:

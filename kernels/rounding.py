@@ -6,7 +6,10 @@ import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["gptq", "inverse_factor", "shrink"]
+__all__ = ["gptq", "inverse_factor", "shrink", "solved"]
+
+# Rows of a large matrix that are worked on at once.
+_ROWS = 256
 
 
 def shrink(
@@ -19,25 +22,63 @@ def shrink(
     depend on one another, such as patches of one picture, too.
 
     Args:
-        gram: Second moments, float64 [K, K].
+        gram: Second moments, float64 or float32 [K, K].
         count: Samples that it is the mean of.
         half: The same from half of the samples.
         other: The same from the other half.
 
     Source: Schaefer and Strimmer 2005, target D; Gaussian variance of the entries.
     """
-    diagonal = np.diag(gram)
-    off = gram - np.diag(diagonal)
-    signal = np.square(off).sum()
+    diagonal = np.diag(gram).astype(np.float64)
+    signal = _off_diagonal(gram)
     if half is not None and other is not None:
-        apart = half - other
-        noise = (np.square(apart).sum() - np.square(np.diag(apart)).sum()) / 4
-        intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
-        return np.asarray((1 - intensity) * off + np.diag(diagonal))
-    noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
+        noise = _off_diagonal(half, other) / 4
+    else:
+        noise = (diagonal.sum() ** 2 - np.square(diagonal).sum() + signal) / max(count, 1)
     intensity = 1.0 if signal == 0 else min(1.0, noise / signal)
-    shrunk: np.ndarray = (1 - intensity) * off + np.diag(diagonal)
+    shrunk: np.ndarray = gram * gram.dtype.type(1 - intensity)
+    np.fill_diagonal(shrunk, diagonal)
     return shrunk
+
+
+def _off_diagonal(gram: np.ndarray, other: np.ndarray | None = None) -> float:
+    """The sum of squares beside the diagonal, of a matrix or of the difference of two."""
+    total = 0.0
+    for begin in range(0, len(gram), _ROWS):  # so that nothing as large is made on the way
+        rows = gram[begin : begin + _ROWS].astype(np.float64)
+        if other is not None:
+            rows -= other[begin : begin + _ROWS]
+        rows.flat[begin :: len(gram) + 1] = 0
+        total += float(np.vdot(rows, rows))
+    return total
+
+
+def solved(gram: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The x with x H = w, by a factor of H, in H's precision, [R, K].
+
+    In blocks, since most of the time for a large matrix is then that of products, which are many
+    times faster than what LAPACK does by itself.
+
+    Args:
+        gram: H, positive definite, [K, K].
+        wanted: w, [R, K].
+
+    Raises:
+        numpy.linalg.LinAlgError: H is not positive definite, in its precision.
+    """
+    blocks = [slice(k, k + _ROWS) for k in range(0, len(gram), _ROWS)]
+    factor = np.tril(gram)  # L, H = L L^T
+    inverses = []
+    x = wanted.astype(gram.dtype)
+    for b in blocks:
+        left = factor[b.start :, : b.start]
+        factor[b.start :, b] -= left @ left[:_ROWS].T
+        inverses.append(np.linalg.inv(np.linalg.cholesky(factor[b, b])).astype(gram.dtype))
+        factor[b.stop :, b] = factor[b.stop :, b] @ inverses[-1].T
+        x[:, b] = (x[:, b] - x[:, : b.start] @ left[:_ROWS].T) @ inverses[-1].T
+    for b, inverse in zip(blocks[::-1], inverses[::-1], strict=True):
+        x[:, b] = (x[:, b] - x[:, b.stop :] @ factor[b.stop :, b]) @ inverse
+    return x
 
 
 def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxq.kernels.tabu import objective, tabu_search
+from onnxq.kernels.objective import Objective, objective
+from onnxq.kernels.tabu import short_search
 
 __all__ = ["output_scale", "output_scales", "refit_scale", "refit_scales", "searched_scales"]
+
+# Moves per weight that compare scales: so many over K, within limits.
+COMPARED, SWEEPS = 256, (0.1, 0.5)
 
 
 def output_scales(
@@ -75,12 +79,16 @@ def _costs(
     """Scales, float32 [candidates, O], from the greatest on, and the objective of each."""
     shares = np.linspace(1.0, low, candidates)
     tried = (np.asarray(base, np.float64) * shares[:, None]).astype(np.float32)
-    shape = (*weight.shape[:-1], 1)
+    columns = weight.shape[-1]
+    grams = np.asarray(gram, np.float64).reshape(-1, columns, columns)
+    rows = np.asarray(weight, np.float32).reshape(len(grams), -1, columns)
+    cost = Objective(grams, None if linear is None else linear.reshape(rows.shape))
+    shape = (*rows.shape[:2], 1)
     z = np.asarray(zero, np.float32).reshape(shape)
     costs = np.empty(tried.shape)
     for i, scale in enumerate(tried.reshape(-1, *shape)):
-        q = np.clip(np.rint(weight / scale) + z, qmin, qmax) - z
-        costs[i] = objective(q * scale - weight.astype(np.float64), gram, linear)
+        q = np.clip(np.rint(rows / scale) + z, qmin, qmax) - z
+        costs[i] = cost(q * scale - rows)
     return tried, costs
 
 
@@ -94,7 +102,7 @@ def searched_scales(
     *,
     around: np.ndarray,
     shares: Sequence[float] = (1.0, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15),
-    sweeps: float = 1.0,
+    sweeps: float | None = None,
     seed: int = 0,
     threads: int = 1,
 ) -> np.ndarray:
@@ -112,33 +120,20 @@ def searched_scales(
         linear: g0, shaped as the weight; None for 0.
         around: Scales to try others around, as those of `output_scales`, float32 [O].
         shares: What is tried, as shares of these.
-        sweeps: Moves per weight for each.
+        sweeps: Moves per weight for each; None for a number that is enough to compare them.
         seed: Of the search.
         threads: Threads that share the rows.
 
     Returns:
         float32 [O].
     """
-    best = np.asarray(around, np.float32)
-    least = np.full(best.shape, np.inf)
-    for share in shares:
-        scale = (np.asarray(around, np.float64) * share).astype(np.float32)
-        values = tabu_search(
-            weight,
-            scale,
-            zero,
-            qmin,
-            qmax,
-            gram,
-            linear,
-            sweeps=sweeps,
-            pairs=False,
-            seed=seed,
-            threads=threads,
-        )
-        cost = objective(values.astype(np.float64) - weight, gram, linear)
-        best, least = np.where(cost < least, scale, best), np.minimum(cost, least)
-    return best
+    if sweeps is None:
+        sweeps = float(np.clip(COMPARED / weight.shape[-1], *SWEEPS))
+    tried = np.asarray(np.multiply.outer(shares, np.asarray(around, np.float64)), np.float32)
+    costs = short_search(
+        weight, tried, zero, qmin, qmax, gram, linear, sweeps=sweeps, seed=seed, threads=threads
+    )
+    return np.asarray(tried[costs.argmin(axis=0), np.arange(tried.shape[1])])
 
 
 def refit_scales(

@@ -16,23 +16,24 @@ Sources: Glover 1989 (tabu search), Nagel et al. 2020 (arXiv 2004.10568; the obj
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from onnxq.kernels._jit import kernel, read_only
+from onnxq.kernels._jit import read_only
+from onnxq.kernels.moves import SILENT, descend, walk
+from onnxq.kernels.objective import Objective, objective
 
-__all__ = ["Choices", "choices", "objective", "tabu_search", "usual_sweeps"]
+__all__ = ["Choices", "choices", "short_search", "tabu_search", "usual_sweeps"]
 
-# Moves per weight by default: so many over K, within limits, which makes the time per weight the
-# same for all layers.
-MOVES, FEWEST, MOST = 6_000, 1.5, 200.0
+# Moves per weight by default: so many over K, within limits, which makes the time per weight about
+# the same for all layers.
+MOVES, FEWEST, MOST = 12_000, 1.0, 200.0
 # Rows of one piece of work.
 ROWS = 16
-# Rows with so few open weights are solved by trying all choices.
-EXHAUSTIVE = 12
 # Moves that a weight rests, round by round: at least, and at random up to twice that.  Long rests
 # lead far away, short ones look around: so the search cools down.  Each round starts from the best
 # state of those before, with g made anew.
@@ -40,32 +41,10 @@ RESTS = (16, 8, 4)
 # Rows of no more columns end with a descent that tries pairs, which costs K^2; of no more than a
 # quarter, every round does.
 PAIRED = 2048
-# Columns with less of the mean diagonal are constant: they have no say.
-SILENT = 1e-9
-# The change that a move makes which must not be made.
-NEVER = np.float32(1e30)
-# Changes that count, in units.
-LEAST = 1e-6
-
-
-def objective(error: np.ndarray, gram: np.ndarray, linear: np.ndarray | None = None) -> np.ndarray:
-    """The objective d H d^T + 2 d g0 per row in float64, [O].
-
-    Args:
-        error: d, [O, K] or [G, O/G, K].
-        gram: H, [K, K] or [G, K, K].
-        linear: g0, as d; None for 0.
-    """
-    wide = error.astype(np.float64)
-    pull = np.matmul(wide, gram)
-    if linear is not None:
-        pull += 2.0 * linear
-    cost: np.ndarray = np.einsum("...k,...k->...", wide, pull)
-    return cost.reshape(-1)
 
 
 def usual_sweeps(columns: int) -> float:
-    """Moves per weight of a row of so many that take about 3 us per weight on one core."""
+    """Moves per weight of a row of so many that take about 2 us per weight on one core."""
     return float(np.clip(MOVES / columns, FEWEST, MOST))
 
 
@@ -122,7 +101,7 @@ def tabu_search(
         gram: H, the second moment of the layer's input, [K, K] or [G, K, K].
         linear: g0, shaped as the weight; None for 0.
         start: Values on the grid to start from, shaped as the weight.
-        sweeps: Moves per weight; None for a number that takes about 3 us per weight on one core, 0
+        sweeps: Moves per weight; None for a number that takes about 2 us per weight on one core, 0
             for moves that improve alone.
         pairs: Whether rounds end with a descent that tries pairs of moves.
         reach: Further searches, each of which may take a weight a step beyond.  Lowers the
@@ -144,6 +123,43 @@ def tabu_search(
         found = problem.search(best, sweeps, pairs, seed + i, threads)
         best, least = _better(best, least, found, problem)
     return np.asarray(best * problem.scale).reshape(weight.shape)
+
+
+def short_search(
+    weight: np.ndarray,
+    scales: Iterable[np.ndarray],
+    zero: np.ndarray,
+    qmin: int,
+    qmax: int,
+    gram: np.ndarray,
+    linear: np.ndarray | None = None,
+    *,
+    sweeps: float,
+    seed: int = 0,
+    threads: int = 1,
+) -> np.ndarray:
+    """What a short search would reach under several scales of each row.
+
+    Args:
+        weight: float32 [O, K], or [G, O/G, K] for G groups with an H each.
+        scales: One after the other, float32 [O].
+        zero: Zero points, int32 [O].
+        qmin: Least integer.
+        qmax: Greatest integer.
+        gram: H, [K, K] or [G, K, K].
+        linear: g0, shaped as the weight; None for 0.
+        sweeps: Moves per weight, from rounding to nearest.
+        seed: Of the random rests.
+        threads: Threads that share the rows; the result does not depend on them.
+
+    Returns:
+        The objective, good to a thousandth, float64 [number of scales, O].
+    """
+    given = iter(scales)
+    problem = _Problem(weight, next(given), zero, (qmin, qmax), gram, linear)
+    costs = [problem.glance(sweeps, seed, threads)]
+    costs += [problem.scaled(scale).glance(sweeps, seed, threads) for scale in given]
+    return np.stack(costs)
 
 
 def _better(
@@ -184,16 +200,25 @@ class _Problem:
         linear: np.ndarray | None,
     ) -> None:
         columns = weight.shape[-1]
-        self.gram = np.asarray(gram, np.float64).reshape(-1, columns, columns)
-        self.weight = np.asarray(weight, np.float32).reshape(len(self.gram), -1, columns)
-        self.scale, z = _columns(self.weight, scale, zero)
+        gram = np.asarray(gram, np.float64).reshape(-1, columns, columns)
+        self.weight = np.asarray(weight, np.float32).reshape(len(gram), -1, columns)
         self.linear = None if linear is None else linear.reshape(self.weight.shape)
+        self.objective = Objective(gram, self.linear)
+        z = _columns(self.weight, scale, zero)[1]
         self.least, self.most = limits[0] - z, limits[1] - z
+        self.loud = (self.objective.diagonal > SILENT * self.objective.unit[:, :, 0])[:, None]
+        self._lay(scale)
+
+    def scaled(self, scale: np.ndarray) -> _Problem:
+        """The same with another scale of each row."""
+        other = copy.copy(self)
+        other._lay(scale)
+        return other
+
+    def _lay(self, scale: np.ndarray) -> None:
+        self.scale = np.asarray(scale, np.float32).reshape(*self.weight.shape[:2], 1)
         grid = _steps(self.weight, self.scale, self.least, self.most)
         self.low, self.high, self.nearest = grid
-        diagonal = np.diagonal(self.gram, axis1=1, axis2=2)
-        self.unit = np.maximum(diagonal.mean(axis=1), 1e-300).reshape(-1, 1, 1)
-        self.loud = (diagonal > SILENT * self.unit[:, :, 0])[:, None]
         self.quiet = self.nearest
         if self.linear is not None:  # a silent column decides by itself
             pulled = np.where(self.linear > 0, self.low, self.high)
@@ -201,66 +226,100 @@ class _Problem:
         self.open = (self.low != self.high) & self.loud
 
     def cost(self, steps: np.ndarray) -> np.ndarray:
-        return objective(self._error(steps), self.gram, self.linear)
+        return objective(self._error(steps), self.objective.gram, self.linear)
 
     def _error(self, steps: np.ndarray) -> np.ndarray:
         values = (steps * self.scale).astype(np.float64)  # as they will be stored
         return np.asarray(values - self.weight)
 
-    def _pull(self, steps: np.ndarray) -> np.ndarray:
-        """The gradient's half, g = d H + g0, in units, float32 [G * R, K]."""
-        pull: np.ndarray = np.matmul(self._error(steps), self.gram)
-        if self.linear is not None:
-            pull += self.linear
-        pull /= self.scale * self.unit
-        return pull.astype(np.float32).reshape(-1, pull.shape[-1])
+    def _pull(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The gradient's half, g = d H + g0, in units, float32 [G * R, K], and the objective."""
+        pull, cost = self.objective.pull(self._error(steps))
+        pull /= self.scale
+        return pull.astype(np.float32).reshape(-1, pull.shape[-1]), cost.reshape(-1)
 
     def search(
         self, first: np.ndarray, sweeps: float | None, pairs: bool, seed: int, threads: int
     ) -> np.ndarray:
         """Steps from zero that are about the best, from first ones."""
-        groups, each, columns = self.weight.shape
-        first = np.where(self.open, first, self.quiet)
-        move = np.where(self.open, np.where(first == self.low, 1, -1), 0)
-        move = np.ascontiguousarray(move, np.float32).reshape(-1, columns)
-        gram = (self.gram / self.unit).astype(np.float32)
+        columns = first.shape[-1]
         if sweeps is None:
             sweeps = usual_sweeps(columns)
-        states = _states(seed, len(move))
-
-        def reached() -> np.ndarray:
-            m = move.reshape(first.shape)
-            return np.where(m > 0, self.low, np.where(m < 0, self.high, first))
-
-        def shared(work: Callable[..., None], *rest: object) -> None:
-            """Do the work on pieces of rows."""
-            pull = self._pull(reached())
-
-            def piece(begin: int) -> None:
-                rows = slice(begin, begin + ROWS)
-                work(read_only(gram), each, begin, move[rows], read_only(pull[rows]), *rest)
-
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(piece, range(0, groups * each, ROWS)))
-
+        state = _State(self, first, seed, threads)
         for rest in RESTS if sweeps > 0 else ():
-            shared(_search, states, sweeps / len(RESTS), rest)
+            state.walk(self._pull(state.steps())[0], sweeps / len(RESTS), rest)
             if pairs and columns <= (PAIRED if rest == RESTS[-1] else PAIRED // 4):
-                shared(_descend)
+                state.descend(self._pull(state.steps())[0])
         if sweeps == 0:
-            shared(_descend)
-        return reached()
+            state.descend(self._pull(state.steps())[0])
+        return state.steps()
+
+    def glance(self, sweeps: float, seed: int, threads: int) -> np.ndarray:
+        """The objective that a short search from nearest reaches, float64 [G * R]."""
+        state = _State(self, self.nearest, seed, threads)
+        pull, cost = self._pull(state.steps())
+        state.walk(pull, sweeps, RESTS[-1])
+        unit = np.repeat(self.objective.unit.reshape(-1), self.scale.shape[1])
+        unit *= np.square(self.scale, dtype=np.float64).reshape(-1)
+        return np.asarray(cost + state.gained * unit)
 
     def widen(self, steps: np.ndarray) -> None:
         """Let each weight choose between where it is and its next step down the gradient."""
-        down = self._pull(steps).reshape(steps.shape) > 0
+        down = self._pull(steps)[0].reshape(steps.shape) > 0
         one = np.float32(1)
         self.low = np.maximum(np.where(down, steps - one, steps), self.least.astype(np.float32))
         self.high = np.minimum(np.where(down, steps, steps + one), self.most.astype(np.float32))
         self.open = (self.low != self.high) & self.loud
 
 
-def _states(seed: int, rows: int) -> np.ndarray:
+class _State:
+    """Where the search is: each weight's next step, up, down or, where it has no choice, none.
+
+    Args:
+        problem: What is searched.
+        first: Steps from zero to begin with, [G, R, K].
+        seed: Of the random rests.
+        threads: That share the rows.
+    """
+
+    def __init__(self, problem: _Problem, first: np.ndarray, seed: int, threads: int) -> None:
+        self._low, self._high = problem.low, problem.high
+        self._first = np.where(problem.open, first, problem.quiet)
+        self._gram, self._grain = problem.objective.walked
+        self._threads = threads
+        move = np.where(problem.open, np.where(self._first == self._low, 1, -1), 0)
+        self._move = np.ascontiguousarray(move, np.float32).reshape(-1, first.shape[-1])
+        self._streams = _streams(seed, len(self._move))
+        self.gained = np.zeros(len(self._move))  # by walks, in units
+
+    def steps(self) -> np.ndarray:
+        """Steps from zero, [G, R, K]."""
+        move = self._move.reshape(self._first.shape)
+        return np.where(move > 0, self._low, np.where(move < 0, self._high, self._first))
+
+    def walk(self, pull: np.ndarray, sweeps: float, rest: int) -> None:
+        """To the best state on a tabu search's way."""
+        self._share(walk, pull, self._streams, self.gained, sweeps, rest)
+
+    def descend(self, pull: np.ndarray) -> None:
+        """Until neither a single move nor a pair improves."""
+        self._share(descend, pull)
+
+    def _share(self, work: Callable[..., None], pull: np.ndarray, *rest: object) -> None:
+        """Do the work on pieces of rows."""
+        rows = len(self._move)
+
+        def piece(begin: int) -> None:
+            part = slice(begin, begin + ROWS)
+            each = rows // len(self._gram)
+            given = read_only(self._gram), read_only(self._grain), each, begin
+            work(*given, self._move[part], read_only(pull[part]), *rest)
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            list(pool.map(piece, range(0, rows, ROWS)))
+
+
+def _streams(seed: int, rows: int) -> np.ndarray:
     """The start of each row's random stream, uint64 [rows], above 0."""
     mixed = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15 & 0xFFFFFFFF) + np.arange(
         1, rows + 1, dtype=np.uint64
@@ -269,165 +328,3 @@ def _states(seed: int, rows: int) -> np.ndarray:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return np.asarray((mixed ^ (mixed >> np.uint64(31))) | np.uint64(1))
-
-
-@kernel
-def _follow(
-    row: np.ndarray,
-    twice: np.float32,
-    move: np.ndarray,
-    ease: np.ndarray,
-    change: np.ndarray,
-    score: np.ndarray,
-) -> None:
-    """Changes and scores of all moves, once one is made; row is that of H, twice its step doubled.
-
-    A score is the change where it is downhill; uphill it is the change by H_kk, or the search would
-    get no further than the weights that hardly matter.
-    """
-    for j in range(change.size):
-        c = change[j] + twice * move[j] * row[j]
-        change[j] = c
-        score[j] = c * ease[j] if c > 0 else c
-
-
-@kernel
-def _lowest(bits: np.ndarray, until: np.ndarray, now: np.int32) -> np.int64:
-    """The place of the least float32, given as its bits, that rests no more.
-
-    Integers, since only their minimum is vectorized: the floats' order above, the place below.
-    """
-    lowest = np.int64(0x7FFFFFFFFFFFFFFF)
-    for j in range(bits.size):
-        key = np.int64(bits[j])
-        key ^= (key >> 63) & 0x7FFFFFFF  # negative floats are ordered the other way
-        key = (key << 32) | j
-        key = key if until[j] <= now else np.int64(0x7FFFFFFFFFFFFFFF)
-        lowest = min(lowest, key)
-    return lowest & 0xFFFFFFFF
-
-
-@kernel
-def _changes(gram: np.ndarray, move: np.ndarray, pull: np.ndarray, change: np.ndarray) -> None:
-    for k in range(move.size):
-        change[k] = 2 * move[k] * pull[k] + gram[k, k] if move[k] != 0 else NEVER
-
-
-@kernel
-def _enumerate(
-    gram: np.ndarray, move: np.ndarray, change: np.ndarray, ease: np.ndarray, places: np.ndarray
-) -> None:
-    """The best of all choices for the weights at `places`, in the order of a Gray code."""
-    now, score = move.copy(), change.copy()
-    total, best = 0.0, 0.0
-    for count in range(1, 1 << places.size):
-        bit = 0
-        while not (count >> bit) & 1:
-            bit += 1
-        k = places[bit]
-        own, step = change[k], now[k]
-        total += own
-        now[k] = -step
-        _follow(gram[k], 2 * step, now, ease, change, score)
-        change[k] = -own
-        if total < best:
-            best = total
-            move[:] = now
-
-
-@kernel
-def _search(
-    gram: np.ndarray,
-    each: int,
-    begin: int,
-    move: np.ndarray,
-    pull: np.ndarray,
-    states: np.ndarray,
-    sweeps: float,
-    rest: int,
-) -> None:
-    """The best state that a tabu search sees from where each row is.
-
-    Args:
-        gram: H in units, float32 [G, K, K].
-        each: Rows of a group.
-        begin: The first row's number.
-        move: The step that is each weight's next, +1, -1 or, for none, 0; float32 [R, K].
-        pull: d H + g0, float32 [R, K].
-        states: Of each row's random stream, uint64; go on.
-        sweeps: Moves per weight.
-        rest: Moves that a weight rests, at least; up to twice that, at random.
-    """
-    columns = move.shape[1]
-    change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
-    score, now = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    bits = score.view(np.int32)
-    until = np.empty(columns, np.int32)
-    for r in range(move.shape[0]):
-        h = gram[(begin + r) // each]
-        _changes(h, move[r], pull[r], change)
-        places = np.flatnonzero(move[r])
-        if places.size <= EXHAUSTIVE:
-            _enumerate(h, move[r], change, ease, places)
-            continue
-        for k in places:
-            ease[k] = 1 / h[k, k]
-        state = states[begin + r]
-        now[:], until[:] = move[r], 0
-        least = min(rest, places.size // 3)
-        total, best = 0.0, 0.0
-        _follow(h[0], np.float32(0), now, ease, change, score)
-        for i in range(max(1, int(sweeps * places.size))):
-            k = _lowest(bits, until, np.int32(i))
-            own = change[k]
-            # only at the bottom of a descent, since keeping a state costs as much as a move
-            if own >= 0 and total < best - LEAST:
-                best = total
-                move[r] = now
-            total += own
-            step = now[k]
-            now[k] = -step
-            _follow(h[k], 2 * step, now, ease, change, score)
-            change[k] = -own
-            score[k] = -own * ease[k] if own < 0 else -own
-            state ^= state << np.uint64(13)  # xorshift64
-            state ^= state >> np.uint64(7)
-            state ^= state << np.uint64(17)
-            until[k] = i + 1 + least + np.int32(state % np.uint64(least))
-        if total < best - LEAST:
-            move[r] = now
-        states[begin + r] = state
-
-
-@kernel
-def _descend(gram: np.ndarray, each: int, begin: int, move: np.ndarray, pull: np.ndarray) -> None:
-    """Single moves, then each move with its best partner, until nothing improves."""
-    columns = move.shape[1]
-    change, ease = np.empty(columns, np.float32), np.ones(columns, np.float32)
-    score, after = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    bits, bits_after = change.view(np.int32), after.view(np.int32)
-    until = np.zeros(columns, np.int32)
-    for r in range(move.shape[0]):
-        h, now = gram[(begin + r) // each], move[r]
-        _changes(h, now, pull[r], change)
-        k, tried = np.int64(0), 0
-        left = 100 * columns  # no more moves than that, should rounding make them go round
-        while tried < columns and left > 0:
-            j = _lowest(bits, until, np.int32(0))
-            own = change[j]
-            if own >= -LEAST:
-                j, own = k, change[k]
-                k = k + 1 if k + 1 < columns else np.int64(0)
-                tried += 1
-                if now[j] == 0:
-                    continue
-                after[:] = change
-                _follow(h[j], 2 * now[j], now, ease, after, score)
-                after[j] = NEVER
-                if own + after[_lowest(bits_after, until, np.int32(0))] >= -LEAST:
-                    continue
-            twice = 2 * now[j]
-            now[j] = -now[j]
-            _follow(h[j], twice, now, ease, change, score)
-            change[j] = -own
-            tried, left = 0, left - 1

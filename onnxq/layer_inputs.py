@@ -11,15 +11,25 @@ import numpy as np
 from onnxq.frontier import Frontier, peak_bytes
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
-from onnxq.patches import PatchSource, supports
+from onnxq.patches import PatchSource, rows_of, supports
 from onnxq.runtime import Session, cores
-from onnxq.second_order import Accumulator, SecondOrder, collect, input_session, pick, takes_bias
+from onnxq.second_order import (
+    LONG,
+    Accumulator,
+    SecondOrder,
+    collect,
+    input_session,
+    pick,
+    takes_bias,
+)
 from onnxq.simulation import input_name, simulated
 
 __all__ = ["LayerInputs", "patches_for", "statistics_bytes", "why_nearest"]
 
 # Patches that even the shortest patch is worth, and how many more each of its values is.
 LEAST_PATCHES, PATCHES_PER_VALUE = 4096, 64
+# Weights with so many times more columns than rows are multiplied into C as it is added up.
+FEW_ROWS = 4
 _MB = 1 << 20
 
 
@@ -29,14 +39,17 @@ def patches_for(columns: int, most: int) -> int:
 
 
 def statistics_bytes(layer: Layer, *, halves: bool = False) -> int:
-    """Bytes that the second moments of a layer's input take while they are added up.
+    """Bytes that the second moments of a layer's input take while they are added up and used.
 
     Args:
         layer: A layer that `supports`.
         halves: Whether every second sample is added up apart.
     """
     source = PatchSource.of(layer)
-    whole = 40 * source.groups * source.columns**2  # H and C, a part of each, and its products
+    size = source.groups * source.columns**2
+    if source.columns > LONG:  # in float32 H, C and products of each, or H and what is made of it
+        return 40 * size if halves else 28 * size
+    whole = 40 * size  # H and C, a part of each, and its products
     return 2 * whole if halves else whole
 
 
@@ -205,7 +218,17 @@ class LayerInputs:
         self.reach(layer)
         halves = statistics_bytes(layer, halves=True) <= self._memory
         rng = self._rng(self._index(source))
-        total = Accumulator(source, self._each(source), rng, shifted=True, halves=halves)
+        rows = rows_of(layer)
+        alone = self._sources.count(source) == 1
+        few = FEW_ROWS * rows.shape[1] <= source.columns and source.groups == 1
+        total = Accumulator(
+            source,
+            self._each(source),
+            rng,
+            shifted=True,
+            halves=halves,
+            rows=rows if alone and few else None,
+        )
         pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
         if self._threads == 1:
             total.add_all(pairs)

@@ -13,7 +13,8 @@ import numpy as np
 
 from onnxq.biases import least_scale, written_bias
 from onnxq.encoding import SMALLEST_SCALE, Encoding
-from onnxq.kernels.rounding import gptq, inverse_factor, shrink
+from onnxq.kernels.objective import objective
+from onnxq.kernels.rounding import gptq, inverse_factor, shrink, solved
 from onnxq.kernels.scales import (
     output_scale,
     output_scales,
@@ -21,7 +22,6 @@ from onnxq.kernels.scales import (
     refit_scales,
     searched_scales,
 )
-from onnxq.kernels.tabu import objective
 from onnxq.model import Layer
 from onnxq.patches import rows_of, weight_of
 from onnxq.placement import Ends
@@ -32,6 +32,8 @@ __all__ = ["Quadratic", "settle"]
 
 # Of the mean of H's diagonal, added to it: patches may span fewer dimensions than they have.
 _RIDGE = 1e-6
+# Scales that are tried before short searches look around the best of them.
+_CANDIDATES = 12
 
 
 @dataclass(frozen=True)
@@ -69,28 +71,28 @@ class Quadratic:
         """
         encoding = layer.model.encodings[layer.weight_tensor.name]
         biased = takes_bias(layer)
-        moment = _moment(statistics, biased)
         rows = np.ascontiguousarray(rows_of(layer), np.float32)
         linear = None
         noise = 0.0
-        apart = [_moment(half, biased) for half in statistics.halves or ()]
         if statistics.is_shifted:
-            linear = np.matmul(rows.astype(np.float64), _drift(statistics, biased))
+            linear = statistics.drift(rows, centred=biased)
             linear *= _trust(rows, statistics, biased)
         else:
             x = layer.model.encodings.get(layer.x.name)
             noise = 0.0 if x is None else float(x.scale) ** 2 / 12
-        gram = np.empty_like(moment)
+        # only now, since a large H fills the memory as often as it is at hand
+        apart = [_short(half, biased) for half in statistics.halves or ()]
+        moment = _moment(statistics, biased)
         for g, h in enumerate(moment):
-            gram[g] = shrink(h, statistics.sampled, *(a[g] for a in apart))
+            moment[g] = shrink(h, statistics.sampled, *(a[g] for a in apart))
             ridge = noise + _RIDGE * float(np.trace(h)) / len(h) + 1e-30
-            gram[g].flat[:: len(h) + 1] += ridge
+            moment[g].flat[:: len(h) + 1] += ridge
         count = rows.shape[0] * rows.shape[1]
         scale = np.ascontiguousarray(np.broadcast_to(encoding.scale, count), np.float32)
         zero = np.ascontiguousarray(np.broadcast_to(encoding.zero_point, count), np.int32)
         return cls(
             rows=rows,
-            gram=gram,
+            gram=moment,
             linear=linear,
             scale=scale,
             zero=zero,
@@ -111,15 +113,16 @@ class Quadratic:
             one = output_scale(*given, base=float(self.scale[0]))
             scale = np.full(self.scale.shape, max(float(one), self.least.max()))
             return np.asarray(scale, np.float32)
-        around = np.maximum(output_scales(*given, base=self.scale), self.least)
+        around = output_scales(*given, base=self.scale, candidates=_CANDIDATES)
+        around = np.maximum(around, self.least)
         found = searched_scales(*given, around=around, seed=seed, threads=threads)
         return np.asarray(np.maximum(found, self.least), np.float32)
 
     def refitted(self, values: np.ndarray) -> tuple[Quadratic, np.ndarray]:
         """The problem with the scales that serve the integers of a rounding best, and its values.
 
-        Where one scale is for all rows, that is their sum's best.  Rows that it does not help keep
-        their scale.
+        Where one scale is for all rows, that is their sum's best.  Rows whose best is none that may
+        be keep their scale.
         """
         scale = self.scale.reshape(*self.rows.shape[:2], 1)
         codes = np.rint(values / scale)
@@ -131,12 +134,7 @@ class Quadratic:
         fits &= fits.all() or not self.per_tensor
         new = np.where(fits, new, self.scale).astype(np.float32)
         moved = codes.astype(np.float32) * new.reshape(scale.shape)
-        before, after = self.cost(values), self.cost(moved)
-        helps = (
-            np.full(before.shape, after.sum() < before.sum()) if self.per_tensor else after < before
-        )
-        found = np.where(helps.reshape(scale.shape), moved, values)
-        return self.with_scale(np.where(helps, new, self.scale)), found
+        return self.with_scale(new), np.where(fits.reshape(scale.shape), moved, values)
 
     @property
     def nearest(self) -> np.ndarray:
@@ -212,11 +210,11 @@ def _moment(statistics: SecondOrder, biased: bool) -> np.ndarray:
     return statistics.covariance if biased else statistics.moment
 
 
-def _drift(statistics: SecondOrder, biased: bool) -> np.ndarray:
-    """H - C, [G, K, K]."""
+def _short(statistics: SecondOrder, biased: bool) -> np.ndarray:
+    """The same as it was added up: in float32 where K is large."""
     if biased:
-        return np.asarray(statistics.covariance - statistics.cross_covariance)
-    return np.asarray(statistics.moment - statistics.cross_moment)
+        return np.asarray(statistics.scatter / np.float32(max(statistics.sampled, 1)))
+    return statistics.moment.astype(statistics.scatter.dtype)
 
 
 def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:
@@ -228,16 +226,29 @@ def _trust(rows: np.ndarray, statistics: SecondOrder, biased: bool) -> float:
     if statistics.halves is None:
         return 0.0
     found = []
-    wide = rows.astype(np.float64)
     for one, other in (statistics.halves, statistics.halves[::-1]):
-        here, there = _moment(one, biased), _moment(other, biased)
-        pull, test = (np.matmul(wide, _drift(half, biased)) for half in (one, other))
+        here, there = _short(one, biased), _short(other, biased)
+        pull, test = (half.drift(rows, centred=biased) for half in (one, other))
         gain = cost = 0.0
         for g, h in enumerate(here):
             h = shrink(h, one.sampled, here[g], there[g])
             h.flat[:: len(h) + 1] += _RIDGE * np.trace(h) / len(h) + 1e-30
-            move = -np.linalg.solve(h, pull[g].T).T
+            move = -_solved(h, pull[g])
             gain -= float(np.einsum("ok,ok->", move, test[g]))
-            cost += float(np.einsum("ok,ok->", move @ there[g], move))
+            cost += float(np.einsum("ok,ok->", move @ there[g], move, dtype=np.float64))
         found.append(gain / cost if cost > 0 else 0.0)
     return float(np.clip(np.mean(found), 0.0, 1.0))
+
+
+def _solved(h: np.ndarray, pull: np.ndarray) -> np.ndarray:
+    """G H^-1, in H's precision where that leaves no more than a hundredth of g."""
+    if h.dtype == np.float64:
+        return np.asarray(np.linalg.solve(h, pull.T).T)
+    try:
+        found = solved(h, pull)
+    except np.linalg.LinAlgError:
+        found = np.zeros_like(pull)
+    missed = np.linalg.norm(found @ h - pull)
+    if missed <= 0.01 * np.linalg.norm(pull):
+        return found
+    return np.asarray(np.linalg.solve(h.astype(np.float64), pull.T).T)

@@ -8,6 +8,8 @@ the output.  Where the layer will meet the input x' of a model whose earlier lay
     H = E[x' x'^T]      C = E[x x'^T]
 
 They are sums, so they stream, in memory that does not depend on the number of samples, and merge.
+Where W is known and has far fewer rows than columns, W (H - C) is added up in place of C, from the
+differences of the layer's outputs: it is all that is asked of C.
 They are kept about the mean, so that float32 products do not lose a small spread beside a large
 mean, and because what a bias can make up for is no error of the rounding.
 """
@@ -27,6 +29,7 @@ from onnxq.patches import PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
 
 __all__ = [
+    "LONG",
     "Accumulator",
     "SecondOrder",
     "collect",
@@ -49,6 +52,10 @@ Map = Callable[..., Iterable[tuple[int, _Pair, _Pair]]]
 _CHUNK = 32 << 20
 # Patches so short are multiplied by a kernel of our own.
 _SHORT = 32
+# Sums over longer patches stay in float32, which halves their memory; there are few of each.
+LONG = 1024
+# Rows of a large array that are worked on at once.
+_ROWS = 256
 
 
 @dataclass
@@ -63,9 +70,12 @@ class SecondOrder:
         sampled_mean: E[x'] over the sampled patches, float64 [G, K].
         sampled_reference: E[x] over the sampled patches, float64 [G, K].
         scatter: Sum of (x' - mean)(x' - mean)^T over them, float64 [G, K, K].
-        cross: Sum of (x - mean)(x' - mean)^T over them; the same array where x' is x.
+        cross: Sum of (x - mean)(x' - mean)^T over them; the same array where x' is x, and None
+            where there is a pull.
         halves: The statistics of every second sample, and of the others: how far they differ says
             how far the whole can be trusted.  None where they were not kept apart.
+        pull: Sum of (W (x' - x) - mean)(x' - mean)^T over them for the layer's weight W, float64
+            [G, R, K], and the mean of W (x' - x), float64 [G, R]; None where there is a cross.
     """
 
     count: int
@@ -75,13 +85,14 @@ class SecondOrder:
     sampled_mean: np.ndarray
     sampled_reference: np.ndarray
     scatter: np.ndarray
-    cross: np.ndarray
+    cross: np.ndarray | None
     halves: tuple[SecondOrder, SecondOrder] | None = None
+    pull: _Pair | None = None
 
     @property
     def covariance(self) -> np.ndarray:
         """H about the mean: what a bias cannot make up for, [G, K, K]."""
-        return np.asarray(self.scatter / max(self.sampled, 1))
+        return np.asarray(np.divide(self.scatter, max(self.sampled, 1), dtype=np.float64))
 
     @property
     def moment(self) -> np.ndarray:
@@ -91,7 +102,8 @@ class SecondOrder:
     @property
     def cross_covariance(self) -> np.ndarray:
         """C about the means, [G, K, K]."""
-        return np.asarray(self.cross / max(self.sampled, 1))
+        assert self.cross is not None
+        return np.asarray(np.divide(self.cross, max(self.sampled, 1), dtype=np.float64))
 
     @property
     def cross_moment(self) -> np.ndarray:
@@ -104,6 +116,21 @@ class SecondOrder:
         """Whether the input differs from that of the float model."""
         return self.cross is not self.scatter
 
+    def drift(self, rows: np.ndarray, *, centred: bool) -> np.ndarray:
+        """W (H - C) for the layer's weight W as rows, float64 [G, R, K].
+
+        Args:
+            rows: W, [G, R, K].
+            centred: Whether about the means.
+        """
+        if self.pull is not None:
+            found: np.ndarray = self.pull[0] / max(self.sampled, 1)
+            return found if centred else found + _outer(self.pull[1], self.sampled_mean)
+        wide = rows.astype(np.float64)
+        if centred:
+            return np.asarray(np.matmul(wide, self.covariance - self.cross_covariance))
+        return np.asarray(np.matmul(wide, self.moment - self.cross_moment))
+
     def merge(self, other: SecondOrder) -> SecondOrder:
         """The statistics over the samples of both.
 
@@ -111,27 +138,43 @@ class SecondOrder:
         """
         count, sampled = self.count + other.count, self.sampled + other.sampled
         weight, part = other.count / max(count, 1), other.sampled / max(sampled, 1)
-        moved = other.sampled_mean - self.sampled_mean
         scale = self.sampled * part
-        mean = self.mean + weight * (other.mean - self.mean)
-        sampled_mean = self.sampled_mean + part * moved
-        scatter = self.scatter + other.scatter + scale * _outer(moved, moved)
-        if not (self.is_shifted or other.is_shifted):
-            return SecondOrder(
-                count, mean, mean, sampled, sampled_mean, sampled_mean, scatter, scatter
-            )
+        moved = other.sampled_mean - self.sampled_mean
         drift = other.sampled_reference - self.sampled_reference
-        return SecondOrder(
+
+        def between(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+            return np.asarray(one + part * (two - one))
+
+        def together(one: np.ndarray, two: np.ndarray, left: np.ndarray) -> np.ndarray:
+            found: np.ndarray = one + two
+            for total, a, b in zip(found, left, moved, strict=True):  # no second array as large
+                for begin in range(0, len(a), _ROWS):
+                    total[begin : begin + _ROWS] += scale * np.outer(a[begin : begin + _ROWS], b)
+            return found
+
+        scatter = together(self.scatter, other.scatter, moved)
+        found = SecondOrder(
             count=count,
-            mean=mean,
+            mean=self.mean + weight * (other.mean - self.mean),
             reference_mean=self.reference_mean
             + weight * (other.reference_mean - self.reference_mean),
             sampled=sampled,
-            sampled_mean=sampled_mean,
-            sampled_reference=self.sampled_reference + part * drift,
+            sampled_mean=between(self.sampled_mean, other.sampled_mean),
+            sampled_reference=between(self.sampled_reference, other.sampled_reference),
             scatter=scatter,
-            cross=self.cross + other.cross + scale * _outer(drift, moved),
+            cross=None,
         )
+        if self.pull is not None and other.pull is not None:
+            sums, shifts = zip(self.pull, other.pull, strict=True)
+            found.pull = together(*sums, shifts[1] - shifts[0]), between(*shifts)
+        elif not (self.is_shifted or other.is_shifted):
+            found.reference_mean, found.sampled_reference = found.mean, found.sampled_mean
+            found.cross = scatter
+        else:
+            assert self.cross is not None
+            assert other.cross is not None
+            found.cross = together(self.cross, other.cross, drift)
+        return found
 
 
 def _outer(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -147,6 +190,8 @@ class Accumulator:
         rng: Draws their positions.
         shifted: Whether the float model's input is given, too, and differs.
         halves: Whether to keep every second sample apart.
+        rows: The weight W, [G, R, K], for W (H - C) in place of C, where the statistics are
+            `shifted`.
     """
 
     def __init__(
@@ -157,6 +202,7 @@ class Accumulator:
         *,
         shifted: bool = False,
         halves: bool = False,
+        rows: np.ndarray | None = None,
     ) -> None:
         self._source = source
         self._patches = patches
@@ -166,7 +212,7 @@ class Accumulator:
         self._count = 0
         self._total, self._reference = np.zeros(shape), np.zeros(shape)
         most = max(1, _CHUNK // (4 * source.groups * source.columns))
-        self._parts = [_Part(shifted, most) for _ in range(1 + halves)]
+        self._parts = [_Part(shifted, most, rows) for _ in range(1 + halves)]
         self._seen = 0
 
     def add(self, x: np.ndarray, reference: np.ndarray | None = None) -> None:
@@ -221,7 +267,8 @@ class Accumulator:
         found.count = self._count
         found.mean = self._total / self._count
         found.reference_mean = self._reference / self._count if self._shifted else found.mean
-        if not np.isfinite(found.scatter).all() or not np.isfinite(found.cross).all():
+        sums = (found.scatter, found.cross, None if found.pull is None else found.pull[0])
+        if not all(np.isfinite(a.sum(dtype=np.float64)) for a in sums if a is not None):
             raise CalibrationError(
                 "values are NaN or infinite, or too large for their squares",
                 where=f"tensor {self._source.name}",
@@ -231,14 +278,22 @@ class Accumulator:
 
 
 class _Part:
-    """Patches of some of the samples, multiplied whenever enough have come together."""
+    """Patches of some of the samples, multiplied whenever enough have come together.
 
-    def __init__(self, shifted: bool, most: int) -> None:
+    About the mean of the first that do, in float32; that it is not the mean of all is made up for
+    at the end.
+    """
+
+    def __init__(self, shifted: bool, most: int, rows: np.ndarray | None) -> None:
         self._shifted = shifted
         self._most = most
+        self._weight = None if rows is None else np.asarray(rows, np.float32)
         self._kept: list[_Pair] = []
         self._rows = 0
-        self._sum: SecondOrder | None = None
+        self._count = 0
+        self._centres: _Pair | None = None
+        self._totals: list[np.ndarray] = []  # of what is left of x' and of what it is set against
+        self._sums: list[np.ndarray] = []  # scatter, then cross or pull
 
     def add(self, drawn: _Pair) -> None:
         self._kept.append(drawn)
@@ -248,46 +303,74 @@ class _Part:
 
     def result(self) -> SecondOrder | None:
         self._reduce()
-        return self._sum
+        if self._centres is None:
+            return None
+        means = [total / self._count for total in self._totals]
+        for total, mean in zip(self._sums, means, strict=False):
+            for g, rows in enumerate(total):
+                for begin in range(0, len(rows), _ROWS):
+                    piece = slice(begin, begin + _ROWS)
+                    rows[piece] -= self._count * np.outer(mean[g, piece], means[0][g])
+        scatter = self._sums[0]
+        mean = self._centres[0] + means[0]
+        n = self._count
+        if not self._shifted:
+            return SecondOrder(n, mean, mean, n, mean, mean, scatter, scatter)
+        if self._weight is None:
+            known = self._centres[1] + means[1]
+            return SecondOrder(n, mean, known, n, mean, known, scatter, self._sums[1])
+        # what the mean of x is has no say, where there is a pull
+        found = SecondOrder(n, mean, mean, n, mean, mean, scatter, None)
+        found.pull = self._sums[1].astype(np.float64), means[1]
+        return found
 
     def _reduce(self) -> None:
         if not self._rows:
             return
         x = np.concatenate([a for a, _ in self._kept])
         y = np.concatenate([b for _, b in self._kept]) if self._shifted else x
-        mean = x.mean(axis=0, dtype=np.float64)
-        known = y.mean(axis=0, dtype=np.float64) if self._shifted else mean
-        scatter = _products(x, x, mean, mean)
-        cross = _products(y, x, known, mean) if self._shifted else scatter
-        part = SecondOrder(self._rows, mean, known, self._rows, mean, known, scatter, cross)
-        self._sum = part if self._sum is None else self._sum.merge(part)
+        self._count += self._rows
         self._kept, self._rows = [], 0
+        if self._shifted and self._weight is not None:
+            np.subtract(x, y, out=y)
+            y = np.matmul(y.swapaxes(0, 1), self._weight.swapaxes(1, 2)).swapaxes(0, 1)
+        if self._centres is None:
+            known = np.zeros(y.shape[1:], np.float32)
+            if self._weight is None:
+                known = y.mean(axis=0, dtype=np.float64).astype(np.float32)
+            self._centres = x.mean(axis=0, dtype=np.float64).astype(np.float32), known
+        with np.errstate(over="ignore", invalid="ignore"):  # who takes the result looks at it
+            x -= self._centres[0]
+            if y is not x:
+                y -= self._centres[1]
+            pairs = [(x, x), (y, x)] if self._shifted else [(x, x)]
+            found = [_products(a, b) for a, b in pairs]
+            totals = [a.sum(axis=0, dtype=np.float64) for a, _ in pairs]
+        if not self._sums:
+            self._sums, self._totals = found, totals
+            return
+        for known, more in zip(self._sums + self._totals, found + totals, strict=True):
+            known += more
 
 
-def _products(a: np.ndarray, b: np.ndarray, centre: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """Per group the sum of (a - centre) (b - other)^T over patches, added up in float32.
+def _products(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Per group the sum of a b^T over patches, added up in float32.
 
     Args:
-        a: float32 [P, G, K].
+        a: float32 [P, G, R].
         b: float32 [P, G, K]; the same array costs half (syrk).
-        centre: Mean of a, [G, K].
-        other: Mean of b, [G, K].
 
     Returns:
-        float64 [G, K, K].
+        float64 [G, R, K], float32 where rows are long.
     """
-    means = centre.astype(np.float32), other.astype(np.float32)
-    _, groups, columns = a.shape
-    total = np.zeros((groups, columns, columns), np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
-        if groups > 1 and columns <= _SHORT:
-            add_outer_products(a, b, *means, total)
-        else:
-            for g in range(groups):
-                left = a[:, g] - means[0][g]
-                right = left if a is b else b[:, g] - means[1][g]
-                np.dot(left.T, right, out=total[g])
-    return total.astype(np.float64)
+    _, groups, columns = b.shape
+    total = np.zeros((groups, a.shape[2], columns), np.float32)
+    if groups > 1 and columns == a.shape[2] <= _SHORT:
+        add_outer_products(a, b, total)
+    else:
+        for g in range(groups):
+            np.dot(a[:, g].T, b[:, g], out=total[g])
+    return total if columns > LONG else total.astype(np.float64)
 
 
 def takes_bias(layer: Layer) -> bool:

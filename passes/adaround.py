@@ -67,11 +67,11 @@ class AdaRound:
         solver: tabu or relaxation.
         sequential: Whether layers are done one after the other, against quantized inputs; otherwise
             all are from the float model's inputs, in fewer runs.
-        scales: output-error (the best of 40 from 0.4 of the given scale up, by the same error) or
-            given.
+        scales: output-error (the best of 12 from 0.4 of the given scale up, by the same error, and
+            of short searches around it) or given.
         samples: Use at most so many calibration samples, spread evenly; 0 uses all.
         patches: Patches drawn per layer, about; fewer where they are short.
-        effort: Moves of the tabu search, as a multiple of a number that takes about 3 us per weight
+        effort: Moves of the tabu search, as a multiple of a number that takes about 2 us per weight
             on one core.
         iterations: Steps of the relaxation.
         activation: Whether the relaxation takes the error behind the Relu or Clip that follows a

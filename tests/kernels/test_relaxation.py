@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from onnxq.kernels._jit import read_only
+from onnxq.kernels.objective import objective
 from onnxq.kernels.relaxation import Relaxation, _rates, _step, relax, relax_activated
-from onnxq.kernels.tabu import choices, objective
+from onnxq.kernels.tabu import choices
 
 SHORT = Relaxation(iterations=600)
 

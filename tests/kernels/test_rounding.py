@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.kernels.rounding import gptq, inverse_factor, shrink
+from onnxq.kernels.rounding import gptq, inverse_factor, shrink, solved
 
 
 def moment(size, count, seed):
@@ -116,3 +116,17 @@ def test_shrinking_leaves_the_argument_alone():
 
 def test_shrinking_of_zeros_is_zeros():
     np.testing.assert_array_equal(shrink(np.zeros((3, 3)), 4), np.zeros((3, 3)))
+
+
+@pytest.mark.parametrize("columns", [1, 40, 256, 600])
+def test_solving_in_blocks_is_solving(columns):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2 * columns + 3, columns))
+    gram, wanted = x.T @ x, rng.normal(size=(5, columns))
+    got = solved(gram, wanted)
+    np.testing.assert_allclose(got, np.linalg.solve(gram, wanted.T).T, rtol=1e-8, atol=1e-12)
+    short = solved(gram.astype(np.float32), wanted)
+    assert short.dtype == np.float32
+    np.testing.assert_allclose(short, got, atol=1e-3 * np.abs(got).max())
+    with pytest.raises(np.linalg.LinAlgError):
+        solved(gram - 10 * np.trace(gram) * np.eye(columns), wanted)

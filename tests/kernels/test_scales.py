@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from onnxq.kernels.objective import objective
 from onnxq.kernels.scales import (
     output_scale,
     output_scales,
@@ -10,7 +11,7 @@ from onnxq.kernels.scales import (
     refit_scales,
     searched_scales,
 )
-from onnxq.kernels.tabu import objective, tabu_search
+from onnxq.kernels.tabu import tabu_search
 
 
 def problem(lead, seed):

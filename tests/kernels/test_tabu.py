@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxq.kernels.objective import objective
 from onnxq.kernels.quantize import fake_quantize
-from onnxq.kernels.tabu import choices, objective, tabu_search
+from onnxq.kernels.tabu import choices, short_search, tabu_search
 
 
 def problem(rows, columns, seed, *, rank=None, linear=False, groups=None):
@@ -209,3 +210,34 @@ def test_arguments_are_left_alone():
     tabu_search(*args, g0, threads=2)
     for before, after in zip(kept, (*args, g0), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize("columns", [9, 80])
+def test_short_searches_tell_what_they_reach(columns):
+    """The start's objective and what the walk gains add up to that of the state it ends in."""
+    (weight, scale, zero, qmin, qmax, gram), g0 = problem(24, columns, 2, linear=True)
+    scales = [scale * share for share in (0.7, 1.0, 1.3)]
+    got = short_search(weight, scales, zero, qmin, qmax, gram, g0, sweeps=0.5, threads=2)
+    assert got.shape == (3, 24)
+    for s, costs in zip(scales, got, strict=True):
+        given = (weight, s.astype(np.float32), zero, qmin, qmax)
+        near = objective(choices(*given).nearest.astype(np.float64) - weight, gram, g0)
+        best = objective(
+            tabu_search(*given, gram, g0, sweeps=50).astype(np.float64) - weight, gram, g0
+        )
+        assert (costs <= near + 1e-3 * np.abs(near)).all()
+        assert costs.sum() < near.sum()
+        assert costs.sum() > best.sum() - 1e-3 * abs(best.sum())
+        if columns < 12:  # all choices are tried
+            np.testing.assert_allclose(costs, best, rtol=1e-3, atol=1e-6 * near.max())
+
+
+def test_long_rows_are_searched_as_well_in_whole_grains(monkeypatch):
+    """H of long rows is read as int16."""
+    args, _ = problem(40, 300, 4)
+    plain = cost(tabu_search(*args, sweeps=2), args, None)
+    monkeypatch.setattr("onnxq.kernels.objective.CACHED", 200)
+    short = cost(tabu_search(*args, sweeps=2), args, None)
+    assert (short != plain).any()  # another way
+    assert short.sum() < 1.02 * plain.sum()
+    assert cost(tabu_search(*args, sweeps=0), args, None).sum() < 1.3 * plain.sum()

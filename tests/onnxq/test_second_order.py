@@ -484,3 +484,57 @@ def test_values_that_are_not_finite_are_named(bad):
 def test_no_patch_gives_nothing():
     layer = load(parse(LAYERS["matmul"])).layers()[0]
     assert accumulated(layer, [(np.zeros((0, 5, 8), np.float32),) * 2]) is None
+
+
+def with_rows(layer, given, rows=None, halves=False):
+    total = Accumulator(
+        PatchSource.of(layer),
+        10**6,
+        np.random.default_rng(0),
+        shifted=True,
+        halves=halves,
+        rows=rows,
+    )
+    total.add_all(given)
+    return total.result()
+
+
+@pytest.mark.parametrize("halves", [False, True])
+@pytest.mark.parametrize("chunk", [1 << 25, 4 * 36 * 100])
+@pytest.mark.parametrize("name", ["conv", "grouped", "matmul"])
+def test_differences_of_outputs_give_the_drift(name, chunk, halves, monkeypatch):
+    """W (H - C) from W (x' - x), about the means or not."""
+    monkeypatch.setattr("onnxq.second_order._CHUNK", chunk)
+    layer = load(parse(LAYERS[name])).layers()[0]
+    given = [*pairs(7)]
+    if name == "matmul":
+        given = [
+            (a.reshape(-1, 4)[:, [0, 1, 2, 3] * 2], b.reshape(-1, 4)[:, [3, 1, 2, 0] * 2])
+            for a, b in given
+        ]
+    rows = rows_of(layer)
+    whole, short = with_rows(layer, given, None, halves), with_rows(layer, given, rows, halves)
+    assert whole.is_shifted
+    assert short.is_shifted
+    assert short.cross is None
+    np.testing.assert_array_equal(short.scatter, whole.scatter)
+    for centred in (True, False):
+        wanted = whole.drift(rows, centred=centred)
+        got = short.drift(rows, centred=centred)
+        np.testing.assert_allclose(got, wanted, atol=2e-4 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_sums_over_long_patches_stay_in_float32(shifted, monkeypatch):
+    layer = load(parse(LAYERS["conv"])).layers()[0]
+    whole = accumulated(layer, pairs(), shifted=shifted)
+    monkeypatch.setattr("onnxq.second_order.LONG", 8)
+    monkeypatch.setattr("onnxq.second_order._CHUNK", 4 * 36 * 100)
+    found = accumulated(layer, pairs(), shifted=shifted)
+    assert found.scatter.dtype == np.float32
+    assert found.covariance.dtype == np.float64
+    for name in ("covariance", "cross_covariance", "moment", "cross_moment"):
+        wanted = getattr(whole, name)
+        np.testing.assert_allclose(
+            getattr(found, name), wanted, atol=1e-5 * np.abs(wanted).max(), err_msg=name
+        )
