@@ -147,6 +147,8 @@ class Accumulator:
         rng: Draws their positions.
         shifted: Whether the float model's input is given, too, and differs.
         halves: Whether to keep every second sample apart.
+        reference: How that is drawn, where it is not such patches, but something else at the same
+            positions: the cross moment is with these.
     """
 
     def __init__(
@@ -157,14 +159,17 @@ class Accumulator:
         *,
         shifted: bool = False,
         halves: bool = False,
+        reference: PatchSource | None = None,
     ) -> None:
         self._source = source
+        self._other = reference or source
         self._patches = patches
         self._rng = rng
         self._shifted = shifted
-        shape = (source.groups, source.columns)
         self._count = 0
-        self._total, self._reference = np.zeros(shape), np.zeros(shape)
+        self._total, self._reference = (
+            np.zeros((s.groups, s.columns)) for s in (source, self._other)
+        )
         most = max(1, _CHUNK // (4 * source.groups * source.columns))
         self._parts = [_Part(shifted, most) for _ in range(1 + halves)]
         self._seen = 0
@@ -203,7 +208,7 @@ class Accumulator:
         total, drawn = self._source.sums(x), self._source.draw(x, picked)
         if not self._shifted:
             return positions, (total, total), (drawn, drawn)
-        known = self._source.sums(reference), self._source.draw(reference, picked)
+        known = self._other.sums(reference), self._other.draw(reference, picked)
         return positions, (total, known[0]), (drawn, known[1])
 
     def result(self) -> SecondOrder | None:
@@ -268,19 +273,19 @@ def _products(a: np.ndarray, b: np.ndarray, centre: np.ndarray, other: np.ndarra
     """Per group the sum of (a - centre) (b - other)^T over patches, added up in float32.
 
     Args:
-        a: float32 [P, G, K].
+        a: float32 [P, G, J].
         b: float32 [P, G, K]; the same array costs half (syrk).
-        centre: Mean of a, [G, K].
+        centre: Mean of a, [G, J].
         other: Mean of b, [G, K].
 
     Returns:
-        float64 [G, K, K].
+        float64 [G, J, K].
     """
     means = centre.astype(np.float32), other.astype(np.float32)
     _, groups, columns = a.shape
-    total = np.zeros((groups, columns, columns), np.float32)
+    total = np.zeros((groups, columns, b.shape[2]), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
-        if groups > 1 and columns <= _SHORT:
+        if groups > 1 and a.shape == b.shape and columns <= _SHORT:
             add_outer_products(a, b, *means, total)
         else:
             for g in range(groups):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from onnxq.passes.load_encodings import LoadEncodings
     from onnxq.passes.residual_input import ResidualInput
     from onnxq.passes.space_to_depth import SpaceToDepth
+    from onnxq.passes.spatial_svd import SpatialSVD
+    from onnxq.passes.weight_svd import WeightSVD
 
 __all__ = [
     "GPTQ",
@@ -40,6 +42,8 @@ __all__ = [
     "LoadEncodings",
     "ResidualInput",
     "SpaceToDepth",
+    "SpatialSVD",
+    "WeightSVD",
 ]
 
 # name in recipes and on the command line -> where the class is
@@ -50,6 +54,8 @@ PASSES = {
     "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
+    "spatial-svd": "onnxq.passes.spatial_svd:SpatialSVD",
+    "weight-svd": "onnxq.passes.weight_svd:WeightSVD",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",
