@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxq.passes.bias_correction import BiasCorrection
     from onnxq.passes.calibrate import Calibrate
     from onnxq.passes.clean import Clean
+    from onnxq.passes.compress import Compress
     from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
     from onnxq.passes.fold_dead_channels import FoldDeadChannels
@@ -33,6 +34,7 @@ __all__ = [
     "BiasCorrection",
     "Calibrate",
     "Clean",
+    "Compress",
     "CrossLayerEqualization",
     "FoldBatchNorm",
     "FoldDeadChannels",
@@ -54,6 +56,7 @@ PASSES = {
     "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
+    "compress": "onnxq.passes.compress:Compress",
     "spatial-svd": "onnxq.passes.spatial_svd:SpatialSVD",
     "weight-svd": "onnxq.passes.weight_svd:WeightSVD",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
