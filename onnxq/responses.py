@@ -134,10 +134,10 @@ class Responses(LayerInputs):
         floats, others = self._frontiers
         branch = self._branch(layer)
         if branch is not None:
-            total = str(consumers(layer.y)[0].outputs[0].name)
             others.advance(branch)
-            floats.advance(total)
-            if self._alike(layer, total, branch):
+            if next(others.values(branch)).shape == self._shape(layer):
+                total = str(consumers(layer.y)[0].outputs[0].name)
+                floats.advance(total)
                 return total, branch
         floats.advance(layer.y.name)
         return str(layer.y.name), None
@@ -164,13 +164,14 @@ class Responses(LayerInputs):
             todo += node.inputs
         return str(other.name)
 
-    def _alike(self, layer: Layer, total: str, branch: str) -> bool:
-        """Whether a sum and its branch have the shape of the layer's output: nothing is spread."""
+    def _shape(self, layer: Layer) -> tuple[int, ...]:
+        """The shape of what a layer puts out for the first sample."""
         assert self._frontiers is not None
-        floats, others = self._frontiers
-        wanted, taken = next(floats.values(total)), next(others.values(branch))
-        positions = PatchSource.of(layer).positions(next(others.values(layer.x.name)))
-        return wanted.shape == taken.shape and wanted.size == positions * layer.output_channels
+        source = PatchSource.of(layer)
+        first, *rest = source.grid(next(self._frontiers[1].values(layer.x.name)))
+        if source.op == "rows":
+            return first, *rest, layer.output_channels
+        return first, layer.output_channels, *rest
 
 
 def _outputs(layer: Layer) -> PatchSource:

@@ -96,13 +96,8 @@ def compression(report: Report, source: Path, destination: Path) -> None:
         table.add_row(f"output {output['name']}", error_line(output))
     table.add_row("seconds", f"{facts['seconds']:.1f}")
     _print(table)
-    whole = found["refused"].items()
-    for line in [f"note: {note}" for note in report.notes]:
+    for line in refusals(report):
         click.echo(line)
-    for name, why in [*whole][:LISTED]:
-        click.echo(f"left whole: {name}: {why}")
-    if len(whole) > LISTED:
-        click.echo(f"left whole: {len(whole) - LISTED} more, see --json")
 
 
 def comparison(result: Comparison) -> None:
