@@ -56,6 +56,7 @@ def measure(
     feeds = [*ctx.spread(plain, tried)]
     shapes = tensor_shapes(model, feeds[0])
     costs = {cost.name: cost for cost in layer_costs(model, shapes)}
+    varying = _varying(model, feeds, shapes)
     layers = {layer.name: layer for layer in model.layers()}
     ways: dict[str, list[Split]] = {}
     refused: dict[str, str] = {}
@@ -65,7 +66,7 @@ def measure(
             refused[node.name] = "its weight is computed"
             continue
         reasons = [split.why_not(layer) for split in splits]
-        if costs[node.name].macs is None:
+        if costs[node.name].macs is None or not varying.isdisjoint({layer.x.name, layer.y.name}):
             refused[node.name] = "its shapes depend on the data"
         elif all(reasons):
             refused[node.name] = "; ".join(dict.fromkeys(why for why in reasons if why))
@@ -105,6 +106,15 @@ def measure(
         choices=tuple(choices),
         refused=refused,
     )
+
+
+def _varying(model: Model, feeds: Sequence[Feed], shapes: Shapes) -> set[str]:
+    """Tensors whose shapes are others for another sample of the same shape."""
+    first, last = feeds[0], feeds[-1]
+    if any(first[name].shape != last[name].shape for name in first):
+        return set()  # it would be no wonder
+    others = tensor_shapes(model, last)
+    return {name for name, shape in shapes.items() if others.get(name) != shape}
 
 
 def _statistics(

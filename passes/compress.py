@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from onnxq.analysis import latency
 from onnxq.analysis.cost import layer_costs, tensor_shapes
@@ -17,13 +17,15 @@ from onnxq.passes.spatial_svd import SpatialSVD
 from onnxq.passes.weight_svd import WeightSVD
 from onnxq.placement import match_nodes
 from onnxq.runtime import Session
-from onnxq.selection import Budget, Candidate, Choice, Sensitivities, select
+from onnxq.second_order import takes_bias
+from onnxq.selection import Budget, Candidate, Choice, Search, Sensitivities, select
 from onnxq.sensitivity import measure
 
 __all__ = ["Compress"]
 
 # The passes that are chosen from, in the order in which they run.
 METHODS: dict[str, type[LowRank]] = {step.name: step for step in (SpatialSVD, WeightSVD)}
+BUDGETS, SEARCHES = ("macs", "bytes", "latency"), get_args(Search)
 # Shares of multiply-accumulates that lie no further apart are not told apart by time.
 _NEAR = 0.02
 
@@ -75,18 +77,21 @@ class Compress:
     budget: Literal["macs", "bytes", "latency"] = "macs"
     share: float = 0.5
     methods: tuple[str, ...] = tuple(METHODS)
-    search: Literal["optimal", "greedy"] = "optimal"
+    search: Search = "optimal"
     multiple: int = 8
     least: int = 1
     exclude: tuple[str, ...] = ()
     sensitivities: str = ""
     measured: int = 64
     samples: int = 0
-    patches: int = 16384
+    patches: int = 32768
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
         Budget("macs", self.share)
+        for name, known in (("budget", BUDGETS), ("search", SEARCHES)):
+            if (given := getattr(self, name)) not in known:
+                raise RecipeError(f"{name}: wanted one of {', '.join(known)}, got {given!r}")
         for method in self.methods:
             if method not in METHODS:
                 hint = did_you_mean(method, METHODS, f"methods are {', '.join(METHODS)}")
@@ -139,12 +144,16 @@ class Compress:
         self, model: Model, table: Sensitivities, choices: list[Choice], ctx: Context
     ) -> dict[str, Candidate]:
         if not any(choice.candidates for choice in choices):
-            why = next(iter(table.refused.values()), "all layers are excluded")
+            why = "all layers that could be are excluded"
+            if not any(choice.candidates for choice in table.choices):
+                why = next(iter(table.refused.values()))
             raise OnnxqError("nothing in the model can be compressed", where=model.path, fix=why)
         if self.budget == "latency":
             return self._in_time(model, table, choices, ctx)
         budget = Budget(self.budget, self.share)
-        return select(choices, getattr(table, self.budget), budget, self.search)
+        if self.budget == "macs":
+            return select(choices, table.macs, budget, self.search)
+        return select(choices, table.bytes, budget, self.search, reserve=_new_biases(model))
 
     def _in_time(
         self, model: Model, table: Sensitivities, choices: list[Choice], ctx: Context
@@ -234,6 +243,15 @@ class Compress:
             ],
             "refused": dict(table.refused),
         }
+
+
+def _new_biases(model: Model) -> int:
+    """Bytes of the biases that layers get which have none."""
+    return sum(
+        layer.output_channels * layer.weight.itemsize
+        for layer in model.layers()
+        if takes_bias(layer) and layer.bias is None
+    )
 
 
 def _least_share(choices: list[Choice], total: int) -> float:
