@@ -14,12 +14,18 @@ from onnxq.kernels.lowrank import refit
 from onnxq.layer_inputs import LayerInputs, statistics_bytes
 from onnxq.model import Layer
 from onnxq.patches import PatchSource, rows_of, weight_of
-from onnxq.second_order import Accumulator, SecondOrder, patches_per_sample, takes_bias
+from onnxq.second_order import (
+    Accumulator,
+    SecondOrder,
+    patches_per_sample,
+    takes_bias,
+    trusted_moment,
+)
 
 __all__ = ["Response", "Responses"]
 
 # The share of H's diagonal that the search begins at, and the most and least that it goes to.
-_RIDGE, _RIDGES = 1e-2, (1e-4, 1.0)
+_RIDGE, _RIDGES = 1e-2, (1e-4, 1e4)
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Response:
 
     @property
     def moment(self) -> np.ndarray:
-        """H of the patches x', about the mean where a bias makes up for it, [G, K, K]."""
-        return self._moments(self.statistics)[0]
+        """H of the patches x', as far as the samples can be trusted, [G, K, K]."""
+        return trusted_moment(self.layer, self.statistics)
 
     def solution(self) -> np.ndarray:
         """The rows that come nearest to what is wanted, float64 [G, O/G, K].

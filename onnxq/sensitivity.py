@@ -15,7 +15,14 @@ from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import rows_of, weight_of
 from onnxq.runtime import Session
-from onnxq.second_order import SecondOrder, collect, correct_bias, input_session, takes_bias
+from onnxq.second_order import (
+    SecondOrder,
+    collect,
+    correct_bias,
+    input_session,
+    takes_bias,
+    trusted_moment,
+)
 from onnxq.selection import Choice, Sensitivities
 from onnxq.splits import Split
 
@@ -135,6 +142,7 @@ def _statistics(
             expected=given.length or samples or 1,
             rng=rng,
             patches=patches,
+            halves=True,
             progress=advance,
         )
 
@@ -151,8 +159,8 @@ def _trial(model: Model, layer: Layer, known: SecondOrder, split: Split, rank: i
     """The model with one layer of that rank, not yet written as two."""
     trial = model.clone()
     twin = next(other for other in trial.layers() if other.name == layer.name)
-    moment = (known.covariance if takes_bias(layer) else known.moment)[0]
-    rows = split.nearest(layer, rows_of(layer)[0].astype(np.float64), moment, rank)[None]
+    wide = rows_of(layer)[0].astype(np.float64)
+    rows = split.nearest(layer, wide, trusted_moment(layer, known)[0], rank)[None]
     if takes_bias(twin):
         correct_bias(twin, rows, known)
     twin.set_weight(weight_of(twin, rows).astype(np.float32))

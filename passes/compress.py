@@ -63,6 +63,7 @@ class Compress:
         exclude: Globs on names or operator types of layers that are left whole.
         sensitivities: A JSON file in which costs, errors and effects are kept, and taken from the
             next time; empty for none.
+        reconstruct: How weights are found, see spatial-svd: all, split or none.
         measured: Samples that the errors come from, spread evenly; 0 uses all.
         samples: Samples that weights are fitted to, spread evenly; 0 uses all.
         patches: Patches drawn per layer as weights are fitted, about.
@@ -82,6 +83,7 @@ class Compress:
     least: int = 1
     exclude: tuple[str, ...] = ()
     sensitivities: str = ""
+    reconstruct: Literal["all", "split", "none"] = "all"
     measured: int = 64
     samples: int = 0
     patches: int = 32768
@@ -100,7 +102,7 @@ class Compress:
             raise RecipeError("methods: wanted at least one", fix=", ".join(METHODS))
         if self.measured < 0:
             raise RecipeError(f"measured: wanted 0 or more, got {self.measured}")
-        self._steps({})  # they know what their options take
+        self._steps({}, self.reconstruct)  # they know what their options take
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Measure, choose, and run the passes."""
@@ -113,7 +115,7 @@ class Compress:
             changes.skip(name, why)
         choices = [c for c in table.choices if excluded.isdisjoint(c.covers)]
         chosen = self._choose(model, table, choices, ctx)
-        for step in self._steps(chosen):
+        for step in self._steps(chosen, self.reconstruct):
             changes.extend(step.apply(model, ctx))
             model.revision += 1
         ctx.report.facts["compression"] = self._facts(model, ctx, table, chosen)
@@ -189,14 +191,14 @@ class Compress:
     ) -> float:
         """Time of the model with that shape, over its time as it is."""
         trial = model.clone()
-        for step in self._steps(chosen, reconstruct="none"):
+        for step in self._steps(chosen, "none"):
             step.apply(trial, Context())
         pair = [plain, Session(trial.to_proto(), threads=ctx.threads)]
         before, after = latency.alternate(pair, feed, seconds=1.0, least=20)
         return after / before
 
     def _steps(
-        self, chosen: Mapping[str, Candidate], reconstruct: Literal["all", "none"] = "all"
+        self, chosen: Mapping[str, Candidate], reconstruct: Literal["all", "split", "none"]
     ) -> list[LowRank]:
         """The passes that make what was chosen; all of them if nothing was."""
         steps = []
