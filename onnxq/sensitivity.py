@@ -56,11 +56,12 @@ def measure(
         options: What to call all that this depends on, see `Sensitivities`.
         rng: Draws the positions of patches.
         samples: Samples for the statistics, spread evenly; 0 uses all.
-        tried: Samples on which the effect of each layer's error is measured.
+        tried: How many of them, an eighth at most, are left out of the statistics: the effect of
+            each layer's error is measured on these.
         patches: Patches drawn per layer, about.
     """
     plain = Session(model.to_proto(), threads=ctx.threads)
-    feeds = [*ctx.spread(plain, tried)]
+    known_by, feeds = _apart([*ctx.spread(plain, samples)], tried)
     shapes = tensor_shapes(model, feeds[0])
     costs = {cost.name: cost for cost in layer_costs(model, shapes)}
     varying = _varying(model, feeds, shapes)
@@ -80,7 +81,7 @@ def measure(
         else:
             ways[node.name] = [s for s, why in zip(splits, reasons, strict=True) if why is None]
     wanted = [layers[name] for name in ways]
-    statistics = _statistics(model, wanted, ctx, rng, samples, patches) if wanted else {}
+    statistics = _statistics(model, wanted, known_by, ctx, rng, patches) if wanted else {}
     choices: list[Choice] = []
     outputs = [plain.run(feed) for feed in feeds]
     with ctx.progress.task("sensitivity of layers", len(ways)) as advance:
@@ -124,22 +125,31 @@ def _varying(model: Model, feeds: Sequence[Feed], shapes: Shapes) -> set[str]:
     return {name for name, shape in shapes.items() if others.get(name) != shape}
 
 
+def _apart(feeds: Sequence[Feed], count: int) -> tuple[list[Feed], list[Feed]]:
+    """Samples to learn from, and others to try what was learned on: fits look well on their own."""
+    if len(feeds) == 1:
+        return [*feeds], [*feeds]
+    count = max(1, min(count, len(feeds) // 8))
+    tried = {*np.linspace(0, len(feeds) - 1, count).astype(int).tolist()}
+    rest = [feed for index, feed in enumerate(feeds) if index not in tried]
+    return rest, [feeds[index] for index in sorted(tried)]
+
+
 def _statistics(
     model: Model,
     layers: Sequence[Layer],
+    feeds: Sequence[Feed],
     ctx: Context,
     rng: np.random.Generator,
-    samples: int,
     patches: int,
 ) -> dict[str, SecondOrder]:
     session = input_session(model, layers, ctx.threads)
-    given = ctx.spread(session, samples)
-    with ctx.progress.task("second-order statistics", given.length) as advance:
+    with ctx.progress.task("second-order statistics", len(feeds)) as advance:
         return collect(
             layers,
             session,
-            given,
-            expected=given.length or samples or 1,
+            feeds,
+            expected=len(feeds),
             rng=rng,
             patches=patches,
             halves=True,
