@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,12 +121,7 @@ class Responses(LayerInputs):
             reference=_outputs(layer),
         )
         pairs = zip(others.values(layer.x.name), targets, strict=True)
-        if self._threads == 1:
-            total.add_all(pairs)
-        else:
-            with ThreadPoolExecutor(self._threads) as pool:
-                total.add_all(pairs, pool.map)
-        found = total.result()
+        found = self._summed(total, pairs)
         return None if found is None else Response(layer, found)
 
     def reach(self, layer: Layer) -> None:
