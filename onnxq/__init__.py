@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from onnxq.analyzing import analyze
     from onnxq.api import compare, equalize_model, inspect, quantize, run
     from onnxq.calibration import Calibration
+    from onnxq.compression import compress
     from onnxq.deployment import deploy
     from onnxq.encoding import Encoding, Encodings, Format
     from onnxq.errors import OnnxqError
@@ -48,6 +49,7 @@ __all__ = [
     "__version__",
     "analyze",
     "compare",
+    "compress",
     "deploy",
     "doctor",
     "equalize_model",
@@ -79,6 +81,7 @@ _HOMES = {
     "compare": "onnxq.api",
     "deploy": "onnxq.deployment",
     "doctor": "onnxq.examination",
+    "compress": "onnxq.compression",
     "equalize_model": "onnxq.api",
     "inspect": "onnxq.api",
     "load": "onnxq.model",

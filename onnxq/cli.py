@@ -11,6 +11,7 @@ import click
 
 from onnxq.commands.analyze import analyze
 from onnxq.commands.compare import compare
+from onnxq.commands.compress import compress
 from onnxq.commands.deploy import deploy
 from onnxq.commands.doctor import doctor
 from onnxq.commands.encodings import encodings
@@ -42,5 +43,8 @@ def main() -> None:
     """
 
 
-for _verb in (quantize, run, compare, analyze, inspect, doctor, encodings, deploy, passes):
+for _verb in (
+    *(quantize, compress, run, compare, analyze, inspect),
+    *(doctor, encodings, deploy, passes),
+):
     main.add_command(_verb)

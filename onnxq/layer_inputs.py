@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -230,6 +230,12 @@ class LayerInputs:
             rows=rows if alone and few else None,
         )
         pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
+        return self._summed(total, pairs)
+
+    def _summed(
+        self, total: Accumulator, pairs: Iterable[tuple[np.ndarray, np.ndarray]]
+    ) -> SecondOrder | None:
+        """What comes of all samples, their patches drawn side by side."""
         if self._threads == 1:
             total.add_all(pairs)
         else:

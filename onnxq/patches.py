@@ -100,9 +100,13 @@ class PatchSource:
 
     def positions(self, x: np.ndarray) -> int:
         """How many patches an input has."""
+        return int(np.prod(self.grid(x)))
+
+    def grid(self, x: np.ndarray) -> tuple[int, ...]:
+        """The axes along which patches lie, in order: those of the output, without channels."""
         if self.op == "rows":
-            return int(np.prod(x.shape[:-1]))
-        return int(x.shape[0] * np.prod(self._on(x.shape[2:]).positions))
+            return x.shape[:-1]
+        return (x.shape[0], *self._on(x.shape[2:]).positions)
 
     def draw(self, x: np.ndarray, picked: np.ndarray) -> np.ndarray:
         """The patches at some positions.

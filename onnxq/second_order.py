@@ -24,6 +24,7 @@ import numpy as np
 
 from onnxq.errors import CalibrationError
 from onnxq.kernels.gram import add_outer_products
+from onnxq.kernels.rounding import shrink
 from onnxq.model import Layer, Model
 from onnxq.patches import PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
@@ -41,6 +42,7 @@ __all__ = [
     "rows_of",
     "supports",
     "takes_bias",
+    "trusted_moment",
     "weight_of",
 ]
 
@@ -192,6 +194,8 @@ class Accumulator:
         halves: Whether to keep every second sample apart.
         rows: The weight W, [G, R, K], for W (H - C) in place of C, where the statistics are
             `shifted`.
+        reference: How that is drawn, where it is not such patches, but something else at the same
+            positions: the cross moment is with these.
     """
 
     def __init__(
@@ -203,14 +207,17 @@ class Accumulator:
         shifted: bool = False,
         halves: bool = False,
         rows: np.ndarray | None = None,
+        reference: PatchSource | None = None,
     ) -> None:
         self._source = source
+        self._other = reference or source
         self._patches = patches
         self._rng = rng
         self._shifted = shifted
-        shape = (source.groups, source.columns)
         self._count = 0
-        self._total, self._reference = np.zeros(shape), np.zeros(shape)
+        self._total, self._reference = (
+            np.zeros((s.groups, s.columns)) for s in (source, self._other)
+        )
         most = max(1, _CHUNK // (4 * source.groups * source.columns))
         self._parts = [_Part(shifted, most, rows) for _ in range(1 + halves)]
         self._seen = 0
@@ -249,7 +256,7 @@ class Accumulator:
         total, drawn = self._source.sums(x), self._source.draw(x, picked)
         if not self._shifted:
             return positions, (total, total), (drawn, drawn)
-        known = self._source.sums(reference), self._source.draw(reference, picked)
+        known = self._other.sums(reference), self._other.draw(reference, picked)
         return positions, (total, known[0]), (drawn, known[1])
 
     def result(self) -> SecondOrder | None:
@@ -398,6 +405,25 @@ def correct_bias(layer: Layer, rounded: np.ndarray, statistics: SecondOrder | np
     layer.set_bias((layer.take_bias() + alpha * shift).astype(np.float32))
 
 
+def trusted_moment(layer: Layer, known: SecondOrder) -> np.ndarray:
+    """H of a layer's input as far as the samples can be trusted, [G, K, K].
+
+    It is about the mean where a bias makes up for that, and drawn towards its diagonal by as much
+    as its halves differ, see `shrink`.
+    """
+
+    def moment(part: SecondOrder) -> np.ndarray:
+        return part.covariance if takes_bias(layer) else part.moment
+
+    halves = [moment(half) for half in known.halves or ()]
+    return np.array(
+        [
+            shrink(h, known.sampled, *(half[g] for half in halves))
+            for g, h in enumerate(moment(known))
+        ]
+    )
+
+
 def input_session(model: Model, layers: Sequence[Layer], threads: int) -> Session:
     """The model, with the inputs of the layers among its outputs."""
     names = dict.fromkeys(layer.x.name for layer in layers)
@@ -413,6 +439,7 @@ def collect(
     expected: int,
     rng: np.random.Generator,
     patches: int = 8192,
+    halves: bool = False,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, SecondOrder]:
     """Second-order statistics of the inputs of layers, by layer name.
@@ -425,10 +452,13 @@ def collect(
         rng: Draws the positions of the patches.
         patches: Patches per layer, about; layers with more than a quarter as many weights per
             output draw four per weight.
+        halves: Whether to keep every second sample apart.
         progress: Called with 1 after each sample.
     """
     sums = {
-        source: Accumulator(source, patches_per_sample(source, patches, expected), rng)
+        source: Accumulator(
+            source, patches_per_sample(source, patches, expected), rng, halves=halves
+        )
         for source in _sources(layers)
     }
     for source, x in _inputs(sums, session, samples, progress):

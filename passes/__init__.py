@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from onnxq.passes.bias_correction import BiasCorrection
     from onnxq.passes.calibrate import Calibrate
     from onnxq.passes.clean import Clean
+    from onnxq.passes.compress import Compress
     from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
     from onnxq.passes.fold_dead_channels import FoldDeadChannels
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from onnxq.passes.reduce_range import ReduceRange
     from onnxq.passes.residual_input import ResidualInput
     from onnxq.passes.space_to_depth import SpaceToDepth
+    from onnxq.passes.spatial_svd import SpatialSVD
+    from onnxq.passes.weight_svd import WeightSVD
 
 __all__ = [
     "GPTQ",
@@ -33,6 +36,7 @@ __all__ = [
     "BiasCorrection",
     "Calibrate",
     "Clean",
+    "Compress",
     "CrossLayerEqualization",
     "FoldBatchNorm",
     "FoldDeadChannels",
@@ -44,6 +48,8 @@ __all__ = [
     "ReduceRange",
     "ResidualInput",
     "SpaceToDepth",
+    "SpatialSVD",
+    "WeightSVD",
 ]
 
 # name in recipes and on the command line -> where the class is
@@ -55,6 +61,9 @@ PASSES = {
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "noise-equalization": "onnxq.passes.noise_equalization:NoiseEqualization",
     "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
+    "compress": "onnxq.passes.compress:Compress",
+    "spatial-svd": "onnxq.passes.spatial_svd:SpatialSVD",
+    "weight-svd": "onnxq.passes.weight_svd:WeightSVD",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",

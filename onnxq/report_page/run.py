@@ -50,7 +50,7 @@ def of_run(
         ],
         chosen=_widest(layers),
         charts=tuple(_charts(layers, found)),
-        tables=(_left_out(report), _passes(report)),
+        tables=(*_compression(report), _left_out(report), _passes(report)),
         recipe=recipe,
         about_recipe=f"What ran, with every option. Saved as a file, onnxq run takes it; the seed"
         f" was {seed}.",
@@ -75,6 +75,33 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     for stored in facts["storage"]:
         yield "weights", stored["text"]
     yield "seconds", f"{facts['seconds']:.1f}"
+
+
+def _compression(report: Report) -> Iterator[Table]:
+    """What became of each layer; nothing where there was no budget."""
+    found = report.facts.get("compression")
+    if found is None:
+        return
+    budget, macs = found["budget"], found["macs"]
+    rows = [
+        (
+            layer["name"],
+            layer["method"],
+            str(layer["rank_or_channels"]),
+            f"{100 * layer['macs']['after'] / max(layer['macs']['before'], 1):.0f} %",
+            f"{100 * layer['error']:.2f} %",
+        )
+        for layer in found["layers"]
+    ]
+    yield Table(
+        "Compression",
+        ("layer", "method", "#rank", "#MACs", "#error"),
+        rows,
+        about=f"{millions(macs['before'])} to {millions(macs['after'])} MACs a sample,"
+        f" {100 * macs['after'] / max(macs['before'], 1):.1f} %; the budget was"
+        f" {100 * budget['share']:.1f} % of the {budget['of']}. Errors are those of the layer's own"
+        " output, from statistics of its input.",
+    )
 
 
 def _weights(report: Report) -> str:
