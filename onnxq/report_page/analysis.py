@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from onnxq.analysis.error import LARGEST_SQNR_DB
 from onnxq.analysis.findings import Analysis, LayerFindings
 from onnxq.analysis.sensitivity import decibel
 from onnxq.report import megabytes, millions
@@ -145,7 +146,7 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
             tuple(
                 Series(
                     f"{written} {part}",
-                    [_decibel(layer, part, written) for layer in layers],
+                    [_drawn(_decibel(layer, part, written)) for layer in layers],
                     shown=(part, written) in shown,
                     unit=" dB",
                 )
@@ -158,11 +159,11 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
             "along",
             "SQNR along the graph",
             "How far each tensor of the quantized model is from the float one: where the line"
-            " falls, error enters or grows.",
+            " falls, error enters or grows. What has none is not drawn.",
             "SQNR dB",
             (
-                Series("as computed", [finite(t.sqnr_db) for t in analysis.tensors], "line"),
-                Series("as written", [finite(t.written_sqnr_db) for t in analysis.tensors]),
+                Series("as computed", [_drawn(t.sqnr_db) for t in analysis.tensors], "line"),
+                Series("as written", [_drawn(t.written_sqnr_db) for t in analysis.tensors]),
             ),
             names=[f"{t.name} ({t.op})" if t.op else t.name for t in analysis.tensors],
             layers=[index.get(t.node, -1) for t in analysis.tensors],
@@ -227,6 +228,11 @@ def _decibel(layer: LayerFindings, part: str, written: str) -> float:
     if wanted is None:
         return math.nan
     return finite(decibel(wanted.effect if wanted.effect is not None else wanted.measured))
+
+
+def _drawn(sqnr_db: float | None) -> float:
+    """An SQNR as charts draw it: without error, it would be far above all others."""
+    return math.nan if sqnr_db is None or sqnr_db >= LARGEST_SQNR_DB else sqnr_db
 
 
 def _share(layer: LayerFindings) -> float:

@@ -362,6 +362,15 @@ def test_the_table_of_an_analysis():
     assert Page(text).row("int8/channel weights")[1:] == ["2", "0.97"]
 
 
+def test_what_has_no_error_does_not_squash_the_rest():
+    found = analyses.many(3)
+    exact = dataclasses.replace(found.tensors[0], sqnr_db=200.0)
+    drawn = of_analysis("m", dataclasses.replace(found, tensors=[exact, *found.tensors[1:]]))
+    (along,) = (c for c in drawn.charts if c.key == "along")
+    assert np.isnan(along.series[0].values[0])
+    assert list(along.series[0].values[1:]) == [t.sqnr_db for t in found.tensors[1:]]
+
+
 def test_what_is_not_known_is_said():
     found = analyses.analysis(
         [
