@@ -72,8 +72,8 @@ class ChannelWalk(ABC):
             standard = is_standard(node) and not has_subgraph(node)
             if layer is not None and standard:
                 self._layer(layer)
-            elif standard and node.op in ops.SHAPES:
-                continue
+            elif standard and node.op in ops.SHAPES and node.op not in self.rules:
+                continue  # how many channels there are means nothing
             elif not (standard and node.op in self.rules and self._follows(node)):
                 for tensor in node.inputs:
                     self.end(tensor, f"{node.name} ({node.op}) reads it")
