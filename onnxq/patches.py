@@ -16,7 +16,7 @@ from onnxq.kernels.patches import add_patch_sums, gather_patches
 from onnxq.model import Layer
 from onnxq.ops import Window, conv_transpose_window, conv_window
 
-__all__ = ["PatchSource", "rows_of", "supports", "weight_of"]
+__all__ = ["OutputSource", "PatchSource", "rows_of", "supports", "weight_of"]
 
 _Three = tuple[int, int, int]
 _Geometry = tuple[_Three, _Three, _Three, _Three, _Three]
@@ -151,6 +151,34 @@ class PatchSource:
             _three(window.positions, 1),
         )
         return np.ascontiguousarray(x.reshape(*x.shape[:2], *_three(x.shape[2:], 1))), geometry
+
+
+@dataclass(frozen=True)
+class OutputSource:
+    """What a layer puts out, at the positions of its patches.
+
+    Args:
+        axis: The axis that channels run along: 1 behind a convolution, -1 behind a matrix.
+        groups: G.
+    """
+
+    axis: int
+    groups: int
+
+    @classmethod
+    def of(cls, layer: Layer) -> OutputSource:
+        """The source of a layer that `supports`."""
+        return cls(1 if "Conv" in layer.op else -1, layer.group)
+
+    def draw(self, y: np.ndarray, picked: np.ndarray) -> np.ndarray:
+        """The outputs at some positions, float32 [P, G, O/G]."""
+        rows = np.moveaxis(y, self.axis, -1).reshape(-1, y.shape[self.axis])[picked]
+        return rows.reshape(picked.size, self.groups, -1)
+
+    def sums(self, y: np.ndarray) -> np.ndarray:
+        """The sum of all outputs, float64 [G, O/G]."""
+        rows = np.moveaxis(y, self.axis, 0).reshape(y.shape[self.axis], -1)
+        return np.asarray(rows.sum(axis=1, dtype=np.float64).reshape(self.groups, -1))
 
 
 def _widened(x: np.ndarray, strides: tuple[int, ...] | None) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 from onnxq.errors import CalibrationError
 from onnxq.kernels.gram import add_outer_products
 from onnxq.model import Layer, Model
-from onnxq.patches import PatchSource, rows_of, supports, weight_of
+from onnxq.patches import OutputSource, PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
 
 __all__ = [
@@ -66,6 +66,9 @@ class SecondOrder:
         cross: Sum of (x - mean)(x' - mean)^T over them; the same array where x' is x.
         halves: The statistics of every second sample, and of the others: how far they differ says
             how far the whole can be trusted.  None where they were not kept apart.
+
+    In place of x there may be what the layer is wanted to put out, float64 [G, O/G] and
+    [G, O/G, K].
     """
 
     count: int
@@ -147,6 +150,8 @@ class Accumulator:
         rng: Draws their positions.
         shifted: Whether the float model's input is given, too, and differs.
         halves: Whether to keep every second sample apart.
+        wanted: Where what is given beside the layer's input is no such input, but what it is to put
+            out, how that is drawn.
     """
 
     def __init__(
@@ -157,14 +162,15 @@ class Accumulator:
         *,
         shifted: bool = False,
         halves: bool = False,
+        wanted: OutputSource | None = None,
     ) -> None:
         self._source = source
+        self._beside = wanted or source
         self._patches = patches
         self._rng = rng
         self._shifted = shifted
-        shape = (source.groups, source.columns)
         self._count = 0
-        self._total, self._reference = np.zeros(shape), np.zeros(shape)
+        self._total = self._reference = np.zeros(())
         most = max(1, _CHUNK // (4 * source.groups * source.columns))
         self._parts = [_Part(shifted, most) for _ in range(1 + halves)]
         self._seen = 0
@@ -187,8 +193,8 @@ class Accumulator:
         """
         for positions, totals, drawn in each(self._drawn, self._picked(pairs)):
             self._count += positions
-            self._total += totals[0]
-            self._reference += totals[1]
+            self._total = self._total + totals[0]
+            self._reference = self._reference + totals[1]
             self._parts[self._seen % len(self._parts)].add(drawn)
             self._seen += 1
 
@@ -203,7 +209,7 @@ class Accumulator:
         total, drawn = self._source.sums(x), self._source.draw(x, picked)
         if not self._shifted:
             return positions, (total, total), (drawn, drawn)
-        known = self._source.sums(reference), self._source.draw(reference, picked)
+        known = self._beside.sums(reference), self._beside.draw(reference, picked)
         return positions, (total, known[0]), (drawn, known[1])
 
     def result(self) -> SecondOrder | None:
@@ -268,19 +274,19 @@ def _products(a: np.ndarray, b: np.ndarray, centre: np.ndarray, other: np.ndarra
     """Per group the sum of (a - centre) (b - other)^T over patches, added up in float32.
 
     Args:
-        a: float32 [P, G, K].
+        a: float32 [P, G, R].
         b: float32 [P, G, K]; the same array costs half (syrk).
-        centre: Mean of a, [G, K].
+        centre: Mean of a, [G, R].
         other: Mean of b, [G, K].
 
     Returns:
-        float64 [G, K, K].
+        float64 [G, R, K].
     """
     means = centre.astype(np.float32), other.astype(np.float32)
-    _, groups, columns = a.shape
-    total = np.zeros((groups, columns, columns), np.float32)
+    groups, rows, columns = *a.shape[1:], b.shape[2]
+    total = np.zeros((groups, rows, columns), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
-        if groups > 1 and columns <= _SHORT:
+        if groups > 1 and rows == columns <= _SHORT:
             add_outer_products(a, b, *means, total)
         else:
             for g in range(groups):

@@ -1,0 +1,274 @@
+"""What channels are worth, and what a model costs and loses with fewer of them.
+
+All of it is arithmetic on second-order statistics of what layers read: no candidate is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from onnxq.analysis.cost import Shapes, layer_costs, tensor_shapes
+from onnxq.dependency import Dependencies, Group, Side, is_depthwise
+from onnxq.kernels.importance import Reader, eliminate, refit
+from onnxq.kernels.rounding import shrink
+from onnxq.layer import Layer
+from onnxq.model import Model
+from onnxq.patches import rows_of, weight_of
+from onnxq.second_order import SecondOrder, takes_bias
+
+__all__ = [
+    "Candidate",
+    "Costs",
+    "candidates",
+    "channels_at",
+    "dead_classes",
+    "order_by_error",
+    "order_by_magnitude",
+    "reconstruct",
+]
+
+# Shares of H's diagonal among which halves of the samples decide.
+_RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0)
+
+
+class Candidate(NamedTuple):
+    """A group cut to some of its channels.
+
+    Args:
+        ratio: The share of channels that was asked for.
+        channels: How many are kept.
+        macs: Multiply-accumulates of the model with this group cut alone.
+        nbytes: Bytes of the model's constants then.
+        error: Relative squared error of the outputs of the layers that read the group, added up,
+            each reconstructed.
+    """
+
+    ratio: float
+    channels: int
+    macs: int
+    nbytes: int
+    error: float
+
+
+def candidates(
+    model: Model,
+    group: Group,
+    statistics: Mapping[str, SecondOrder],
+    ratios: Sequence[float],
+    *,
+    multiple: int = 8,
+    least: int = 1,
+    costs: Costs | None = None,
+) -> list[Candidate]:
+    """What a group would cost and lose at each ratio.
+
+    Args:
+        model: The model.
+        group: One of its groups.
+        statistics: Layer name -> second-order statistics of the input of each layer in
+            `group.readers`, as `onnxq.second_order.collect` gives them.
+        ratios: Shares of channels kept, in (0, 1].
+        multiple: Channels kept are a multiple of this.
+        least: Least number of channels kept.
+        costs: Of the model's layers, where they are known already.
+    """
+    costs = costs or Costs.of(model)
+    size = group.classes.size
+    counts = [channels_at(size, ratio, multiple, least) for ratio in ratios]
+    _, errors = order_by_error(group, statistics, min(counts, default=size))
+    found = []
+    for ratio, count in zip(ratios, counts, strict=True):
+        macs, nbytes = costs.after({group: count})
+        error = float(errors[size - count - 1]) if count < size else 0.0
+        found.append(Candidate(ratio, count, macs, nbytes, error))
+    return found
+
+
+def channels_at(size: int, ratio: float, multiple: int, least: int) -> int:
+    """How many of so many channels a ratio keeps: the nearest multiple, and not too few."""
+    nearest = multiple * int(ratio * size / multiple + 0.5)
+    return min(size, max(nearest, multiple, least))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What layers cost with all of their channels.
+
+    Args:
+        layers: Name -> multiply-accumulates, bytes of the weight and of the bias.
+        nbytes: Bytes of all constants.
+    """
+
+    layers: Mapping[str, tuple[int, int, int]]
+    nbytes: int
+
+    @classmethod
+    def of(cls, model: Model, shapes: Shapes | None = None) -> Costs:
+        """The costs of a model, with shapes as `tensor_shapes` gives them."""
+        known = {
+            cost.name: cost.macs or 0
+            for cost in layer_costs(model, tensor_shapes(model) if shapes is None else shapes)
+        }
+        layers = {}
+        for layer in model.layers():
+            bias = 0 if layer.bias is None else layer.bias.nbytes
+            layers[layer.name] = known[layer.name], layer.weight.nbytes, bias
+        return cls(layers, model.nbytes)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all layers, products of activations left out."""
+        return sum(macs for macs, _, _ in self.layers.values())
+
+    def after(self, channels: Mapping[Group, int]) -> tuple[int, int]:
+        """Multiply-accumulates and bytes once groups are cut to so many channels."""
+        outputs, inputs, depthwise = {}, {}, set()
+        for group, count in channels.items():
+            gone = group.classes[count:]
+            for sides, shares in ((group.outputs, outputs), (group.inputs, inputs)):
+                for side in sides:
+                    share = float(np.isin(side.classes, gone).mean())
+                    shares[side.layer.name] = shares.get(side.layer.name, 1.0) - share
+                    if is_depthwise(side.layer):
+                        depthwise.add(side.layer.name)
+        macs, nbytes = self.macs, self.nbytes
+        for name in outputs.keys() | inputs.keys():
+            whole, weight, bias = self.layers[name]
+            out = outputs.get(name, 1.0)
+            both = out if name in depthwise else out * inputs.get(name, 1.0)
+            macs -= whole - round(whole * both)
+            nbytes -= weight - round(weight * both) + bias - round(bias * out)
+        return macs, nbytes
+
+
+# ---------------------------------------------------------------------- importance
+
+
+def dead_classes(found: Dependencies, group: Group) -> np.ndarray:
+    """Which classes of a group are read with weights of zero alone, bool."""
+    dead = np.ones(found.count, bool)
+    for side in group.readers:
+        read = (side.layer.along_inputs(np.ones(side.classes.size)) * side.layer.weight) != 0
+        dead[side.classes[_any_input(side.layer, read)]] = False
+    return np.asarray(dead[group.classes])
+
+
+def _any_input(layer: Layer, where: np.ndarray) -> np.ndarray:
+    """Whether anything of an array like the weight is true for an input channel, bool [I]."""
+    rows = rows_of(layer, where.astype(np.float32))
+    each = rows.shape[-1] * rows.shape[0] // layer.input_channels
+    return np.asarray(rows.any(1).reshape(layer.input_channels, each).any(1))
+
+
+def order_by_magnitude(group: Group) -> np.ndarray:
+    """Classes of a group, by their place in it, from the smallest weights to the largest.
+
+    Of each class count the squares of all weights that put it out or read it, as shares of the mean
+    of each layer.
+
+    Source: the group norm of Fang et al. 2023 (arXiv 2301.12900).
+    """
+    total = np.zeros(group.classes.size)
+    sides = [(s, True) for s in group.inputs] + [(s, False) for s in group.outputs]
+    for side, reads in sides:
+        squares = np.square(side.layer.weight.astype(np.float64))
+        per_channel = _per_input(side.layer, squares) if reads else side.layer.sum_over_inputs(squares)
+        per_class = [per_channel[side.classes == c].sum() for c in group.classes]
+        total += np.array(per_class) / max(float(np.mean(per_class)), 1e-30)
+    return np.argsort(total, kind="stable")
+
+
+def _per_input(layer: Layer, squares: np.ndarray) -> np.ndarray:
+    rows = rows_of(layer, squares)
+    each = rows.shape[-1] * rows.shape[0] // layer.input_channels
+    return np.asarray(rows.sum(1).reshape(layer.input_channels, each).sum(1))
+
+
+def order_by_error(
+    group: Group, statistics: Mapping[str, SecondOrder], stop: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Classes of a group in the order in which they are missed least, and what that costs.
+
+    Args:
+        group: The group.
+        statistics: Layer name -> statistics of its input, for each of `group.readers`.
+        stop: How many classes need no order, because they stay.
+
+    Returns:
+        Places in `group.classes`, and the relative error with all up to each one gone.
+    """
+    readers = [r for side in group.readers for r in _readers(side, group, statistics)]
+    if not readers:
+        return np.arange(group.classes.size - stop), np.zeros(group.classes.size - stop)
+    return eliminate(readers, stop)
+
+
+def _readers(
+    side: Side, group: Group, statistics: Mapping[str, SecondOrder]
+) -> Iterator[Reader]:
+    layer, known = side.layer, statistics[side.layer.name]
+    rows = rows_of(layer).astype(np.float64)
+    moment = known.covariance if takes_bias(layer) else known.moment
+    power = float(np.sum((rows @ moment) * rows))
+    each = side.classes.reshape(layer.group, -1)
+    taps = rows.shape[-1] // each.shape[1]
+    for g in range(layer.group):
+        columns = np.repeat(each[g], taps)
+        blocks = np.array([np.flatnonzero(columns == c) for c in group.classes])
+        gram = shrink(moment[g], known.sampled)
+        yield Reader(rows[g], gram, blocks, power)
+
+
+# ---------------------------------------------------------------------- reconstruction
+
+
+def reconstruct(layer: Layer, statistics: SecondOrder, kept: np.ndarray) -> None:
+    """Give a layer the weight and bias that come nearest to what it is wanted to put out.
+
+    The ridge is the one with which what one half of the samples asks for serves the other best.
+
+    Args:
+        layer: The layer, its weight that of the float model.
+        statistics: Of what it reads, and of what it is wanted to put out, in halves.
+        kept: Whether an input channel is left, bool [I]; the columns of the others become zero.
+    """
+    alpha = float(layer.node.attrs.get("alpha", 1.0))  # of a Gemm
+    rows = alpha * rows_of(layer).astype(np.float64)
+    each = kept.reshape(layer.group, -1)
+    columns = np.repeat(each, rows.shape[-1] // each.shape[1], axis=1)
+    biased = takes_bias(layer)
+    halves = [_moments(half, biased) for half in statistics.halves or ()]
+
+    def fit(moments: tuple[np.ndarray, np.ndarray], ridge: float) -> np.ndarray:
+        parts = zip(rows, *moments, columns, strict=True)
+        return np.array([refit(w, h, t, s, ridge) for w, h, t, s in parts])
+
+    def misfit(ridge: float) -> float:
+        """The error on the halves of what the other halves ask for, but for what it cannot help."""
+        total = 0.0
+        for one, (h, t) in zip(halves, halves[::-1], strict=True):
+            found = fit(one, ridge)
+            total += float(np.sum((found @ h - 2 * t) * found))
+        return total
+
+    ridge = min(_RIDGES, key=misfit) if halves else _RIDGES[-1]
+    found = fit(_moments(statistics, biased), ridge)
+    import os
+    if os.environ.get("SHOWR"): print(layer.name, kept.mean(), ridge, [round(misfit(r)/misfit(ridge)*1000) for r in _RIDGES])
+    if biased:
+        shift = np.einsum("gok,gk->go", found, statistics.mean)
+        bias = (statistics.reference_mean - shift).reshape(-1)
+        layer.node.attrs.pop("beta", None)
+        layer.set_bias(bias.astype(layer.weight.dtype))
+    layer.set_weight(weight_of(layer, found / alpha).astype(layer.weight.dtype))
+
+
+def _moments(known: SecondOrder, biased: bool) -> tuple[np.ndarray, np.ndarray]:
+    """H and T, about the means where a bias makes up for their shift."""
+    if biased:
+        return known.covariance, known.cross_covariance
+    return known.moment, known.cross_moment
