@@ -56,8 +56,8 @@ def eliminate(readers: Sequence[Reader], stop: int = 0) -> tuple[np.ndarray, np.
     while alive.size > stop:
         most = min(max(1, int(alive.size * _STEP)), alive.size - stop)
         near = np.argsort(_costs(states, alive), kind="stable")[: 2 * most]
-        gone = _cheapest([state.part(alive[near]) for state in states], most, costs)
-        gone = near[gone]
+        picked = _cheapest([state.part(alive[near]) for state in states], most, costs)
+        gone = near[picked]
         for state in states:
             state.remove(alive[gone])
         order += alive[gone].tolist()

@@ -325,6 +325,8 @@ class ChannelWalk(ABC):
 
     def _depth_to_space(self, node: gs.Node) -> bool:
         flow = self.flows[id(node.inputs[0])]
+        if flow.axis != 1:
+            return False
         block = int(node.attrs["blocksize"]) ** 2
         by_column = node.attrs.get("mode", "DCR") == "CRD"
         ids = flow.ids.reshape((-1, block) if by_column else (block, -1))

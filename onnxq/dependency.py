@@ -107,18 +107,19 @@ def is_depthwise(layer: Layer) -> bool:
 
 # What computes each channel from the same channel of its first input.
 _PLAIN = ops.FUNCTIONS | {
-    "AveragePool",
-    "BatchNormalization",
     "Cast",
     "Dropout",
+    "Identity",
+}
+# The same, if channels run along axis 1.
+_POOLING = (
+    "AveragePool",
     "GlobalAveragePool",
     "GlobalLpPool",
     "GlobalMaxPool",
-    "Identity",
-    "InstanceNormalization",
     "LpPool",
     "MaxPool",
-}
+)
 _COMBINING = ("Add", "Div", "Max", "Min", "Mul", "Pow", "Sub", "Sum")
 
 
@@ -135,6 +136,8 @@ class _Walk(ClassWalk):
             "Unsqueeze": self._reshape,
             **dict.fromkeys(_COMBINING, self._combine),
             **dict.fromkeys(_PLAIN, self.plain),
+            **dict.fromkeys(_POOLING, self._pool),
+            **dict.fromkeys(("BatchNormalization", "InstanceNormalization"), self._normalize),
         }
 
     def run(self) -> Dependencies:
@@ -200,6 +203,14 @@ class _Walk(ClassWalk):
         self.join(tied)
         return self.carry(node, widest)
 
+    def _pool(self, node: gs.Node) -> bool:
+        return self.flows[id(node.inputs[0])].axis == 1 and self.plain(node)
+
+    def _normalize(self, node: gs.Node) -> bool:
+        flow = self.flows[id(node.inputs[0])]
+        sizes = {(*t.shape,) for t in node.inputs[1:] if isinstance(t, gs.Constant)}
+        return flow.axis == 1 and sizes == {(flow.ids.size,)} and self.plain(node)
+
     def _pad(self, node: gs.Node) -> bool:
         flow, pads = self.flows[id(node.inputs[0])], self.pads(node)
         if pads is not None and not pads[flow.axis] and not pads[flow.rank + flow.axis]:
@@ -219,6 +230,8 @@ class _Walk(ClassWalk):
 
     def _space_to_depth(self, node: gs.Node) -> bool:
         flow = self.flows[id(node.inputs[0])]
+        if flow.axis != 1:
+            return False
         ids = np.tile(flow.ids, int(node.attrs["blocksize"]) ** 2)
         return self.carry(node, Flow(ids, flow.axis, flow.rank))
 
@@ -257,7 +270,7 @@ def _one(tensor: gs.Tensor, flow: Flow) -> bool:
 def _is_inferred(model: Model, node: gs.Node) -> bool:
     """Whether a Reshape to a computed shape leaves it to the runtime how many channels there are.
 
-    That is a Concat of single sizes, -1 for the second one, as torch writes `x.view(x.size(0), -1)`.
+    That is a Concat of single sizes, the second one -1: `x.view(x.size(0), -1)` of torch.
     """
     source = producer(node.inputs[1])
     if source is None or source.op != "Concat" or len(source.inputs) < 2:
@@ -285,9 +298,9 @@ def _grouped(found: Dependencies, fixed: dict[int, str]) -> list[Group]:
     taken: Counter[str] = Counter()
     groups = []
     for signature, classes in members.items():
-        where = {place for place, _ in signature}
-        outputs = tuple(s for n, s in found.outputs.items() if (n, False) in where)
-        inputs = tuple(s for n, s in found.inputs.items() if (n, True) in where)
+        lie = {place for place, _ in signature}
+        outputs = tuple(s for n, s in found.outputs.items() if (n, False) in lie)
+        inputs = tuple(s for n, s in found.inputs.items() if (n, True) in lie)
         first = (outputs or inputs)[0].layer.name
         taken[first] += 1
         name = first if taken[first] == 1 else f"{first}#{taken[first]}"

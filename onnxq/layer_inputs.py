@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -156,11 +156,13 @@ class LayerInputs:
         wanted = layer.y if joined is None else joined[0]
         self.reach(layer)
         floats.advance(wanted.name)
-        x, y = now.values(input_name(self._simulated, layer)), floats.values(wanted.name)
+        x, y = _floats(now, input_name(self._simulated, layer)), _floats(floats, wanted.name)
         if joined is not None:
             now.advance(joined[1].name)
-            y = (total - other for total, other in zip(y, now.values(joined[1].name), strict=True))
-        return self._sum(layer, PatchSource.of(layer), zip(x, y, strict=True), OutputSource.of(layer))
+            others = _floats(now, joined[1].name)
+            y = (total - other for total, other in zip(y, others, strict=True))
+        pairs = zip(x, y, strict=True)
+        return self._sum(layer, PatchSource.of(layer), pairs, OutputSource.of(layer))
 
     def draw(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
         """Patches of a layer without groups that was measured last: of x', of x; float32 [P, K].
@@ -298,12 +300,16 @@ class LayerInputs:
         return {layer.name: found.get(layer.name) for layer in group}
 
 
+def _floats(frontier: Frontier, name: str) -> Iterator[np.ndarray]:
+    return (np.asarray(values, np.float32) for values in frontier.values(name))
+
+
 def _give_biases(layers: Sequence[Layer]) -> None:
     """Bring biases into the form in which they will be corrected: one value per channel."""
     for layer in layers:
         if takes_bias(layer):
             bias = np.broadcast_to(layer.take_bias().reshape(-1), layer.output_channels)
-            layer.set_bias(bias.astype(np.float32))
+            layer.set_bias(bias.astype(layer.weight.dtype))
 
 
 def _settled_sum(model: Model, layer: Layer) -> tuple[gs.Tensor, gs.Tensor] | None:

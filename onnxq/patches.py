@@ -173,7 +173,7 @@ class OutputSource:
     def draw(self, y: np.ndarray, picked: np.ndarray) -> np.ndarray:
         """The outputs at some positions, float32 [P, G, O/G]."""
         rows = np.moveaxis(y, self.axis, -1).reshape(-1, y.shape[self.axis])[picked]
-        return rows.reshape(picked.size, self.groups, -1)
+        return np.asarray(rows.reshape(picked.size, self.groups, -1))
 
     def sums(self, y: np.ndarray) -> np.ndarray:
         """The sum of all outputs, float64 [G, O/G]."""

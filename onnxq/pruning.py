@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 # Shares of H's diagonal among which halves of the samples decide.
-_RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0)
+_RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0)
 
 
 class Candidate(NamedTuple):
@@ -126,7 +126,9 @@ class Costs:
 
     def after(self, channels: Mapping[Group, int]) -> tuple[int, int]:
         """Multiply-accumulates and bytes once groups are cut to so many channels."""
-        outputs, inputs, depthwise = {}, {}, set()
+        outputs: dict[str, float] = {}
+        inputs: dict[str, float] = {}
+        depthwise = set()
         for group, count in channels.items():
             gone = group.classes[count:]
             for sides, shares in ((group.outputs, outputs), (group.inputs, inputs)):
@@ -176,7 +178,9 @@ def order_by_magnitude(group: Group) -> np.ndarray:
     sides = [(s, True) for s in group.inputs] + [(s, False) for s in group.outputs]
     for side, reads in sides:
         squares = np.square(side.layer.weight.astype(np.float64))
-        per_channel = _per_input(side.layer, squares) if reads else side.layer.sum_over_inputs(squares)
+        per_channel = (
+            _per_input(side.layer, squares) if reads else side.layer.sum_over_inputs(squares)
+        )
         per_class = [per_channel[side.classes == c].sum() for c in group.classes]
         total += np.array(per_class) / max(float(np.mean(per_class)), 1e-30)
     return np.argsort(total, kind="stable")
@@ -207,9 +211,7 @@ def order_by_error(
     return eliminate(readers, stop)
 
 
-def _readers(
-    side: Side, group: Group, statistics: Mapping[str, SecondOrder]
-) -> Iterator[Reader]:
+def _readers(side: Side, group: Group, statistics: Mapping[str, SecondOrder]) -> Iterator[Reader]:
     layer, known = side.layer, statistics[side.layer.name]
     rows = rows_of(layer).astype(np.float64)
     moment = known.covariance if takes_bias(layer) else known.moment
@@ -255,10 +257,8 @@ def reconstruct(layer: Layer, statistics: SecondOrder, kept: np.ndarray) -> None
             total += float(np.sum((found @ h - 2 * t) * found))
         return total
 
-    ridge = min(_RIDGES, key=misfit) if halves else _RIDGES[-1]
+    ridge = min(_RIDGES, key=misfit) if halves else _RIDGES[-1]  # without halves, no trust
     found = fit(_moments(statistics, biased), ridge)
-    import os
-    if os.environ.get("SHOWR"): print(layer.name, kept.mean(), ridge, [round(misfit(r)/misfit(ridge)*1000) for r in _RIDGES])
     if biased:
         shift = np.einsum("gok,gk->go", found, statistics.mean)
         bias = (statistics.reference_mean - shift).reshape(-1)
