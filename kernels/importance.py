@@ -1,4 +1,4 @@
-"""Which input channels a layer can do without, and what its weight is best without them."""
+"""Which input channels layers can do without, once the others make up for them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Reader", "eliminate", "refit"]
+__all__ = ["Reader", "eliminate"]
 
 # As a share of H's diagonal, added to it where channels are weighed against one another.
 RIDGE = 1e-3
@@ -94,7 +94,7 @@ class _State:
 
     @classmethod
     def of(cls, reader: Reader) -> _State:
-        inverse = np.linalg.inv(damped(reader.gram, RIDGE))
+        inverse = np.linalg.inv(_damped(reader.gram, RIDGE))
         share = 1.0 / reader.power if reader.power > 0 else 0.0
         return cls(reader.rows.copy(), inverse, reader.blocks, share)
 
@@ -121,40 +121,9 @@ class _State:
         np.subtract(self.inverse, self.inverse[:, gone] @ step, out=self.inverse)
 
 
-def damped(gram: np.ndarray, ridge: float) -> np.ndarray:
+def _damped(gram: np.ndarray, ridge: float) -> np.ndarray:
     """H with a share of its diagonal added to it, and a trace of its mean."""
     diagonal = np.diag(gram)
     found = gram.copy()
     found.flat[:: len(gram) + 1] += ridge * (diagonal + 1e-3 * diagonal.mean()) + 1e-30
-    return found
-
-
-def refit(
-    rows: np.ndarray, gram: np.ndarray, wanted: np.ndarray, kept: np.ndarray, ridge: float
-) -> np.ndarray:
-    """The weight on the columns that are left which comes nearest to the output that is wanted.
-
-    It minimises E|V x - y|^2 and, weighed by the ridge, how far what each column adds moves::
-
-        V = (T_S + r W_S D_S) (H_SS + r D_S)^-1       T = E[y x^T]    D = diag(H)
-
-    Args:
-        rows: W, float64 [O, K].
-        gram: H = E[x x^T], float64 [K, K].
-        wanted: T, float64 [O, K].
-        kept: Whether a column is left, bool [K].
-        ridge: r.
-
-    Returns:
-        V, float64 [O, K], zero in the columns that are not left.
-
-    Source: He et al. 2017 (arXiv 1707.06168), with a ridge towards W.
-    """
-    found = np.zeros_like(rows)
-    if not kept.any():
-        return found
-    inner = gram[np.ix_(kept, kept)]
-    left = damped(inner, ridge)
-    target = wanted[:, kept] + rows[:, kept] * (np.diag(left) - np.diag(inner))
-    found[:, kept] = np.linalg.solve(left, target.T).T
     return found

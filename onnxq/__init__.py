@@ -14,6 +14,7 @@ from onnxq.version import __version__
 if TYPE_CHECKING:
     from onnxq.api import compare, equalize_model, inspect, quantize, run
     from onnxq.calibration import Calibration
+    from onnxq.compression import compress
     from onnxq.encoding import Encoding, Encodings, Format
     from onnxq.errors import OnnxqError
     from onnxq.model import Model, load
@@ -40,6 +41,7 @@ __all__ = [
     "Statistics",
     "__version__",
     "compare",
+    "compress",
     "equalize_model",
     "inspect",
     "load",
@@ -64,6 +66,7 @@ _HOMES = {
     "Report": "onnxq.report",
     "Statistics": "onnxq.statistics",
     "compare": "onnxq.api",
+    "compress": "onnxq.compression",
     "equalize_model": "onnxq.api",
     "inspect": "onnxq.api",
     "load": "onnxq.model",

@@ -59,9 +59,10 @@ class Checkpoint:
                 "cannot be read", where=path, fix="delete it, and the layer is done again"
             ) from error
         name = layer.weight_tensor.name
-        encoding = layer.model.encodings[name]
         layer.set_weight(found["weight"])
-        layer.model.encodings[name] = replace(encoding, scale=found["scale"])
+        if "scale" in found:
+            encoding = layer.model.encodings[name]
+            layer.model.encodings[name] = replace(encoding, scale=found["scale"])
         if "bias" in found:
             layer.set_bias(found["bias"])
         return True
@@ -73,10 +74,9 @@ class Checkpoint:
             OnnxqError: It cannot be written.
         """
         path = self._path(index)
-        arrays = {
-            "weight": layer.weight,
-            "scale": layer.model.encodings[layer.weight_tensor.name].scale,
-        }
+        arrays = {"weight": layer.weight}
+        if (encoding := layer.model.encodings.get(layer.weight_tensor.name)) is not None:
+            arrays["scale"] = encoding.scale
         if layer.bias is not None:
             arrays["bias"] = layer.bias
         beside = path.with_suffix(".part")

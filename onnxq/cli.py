@@ -10,6 +10,7 @@ from __future__ import annotations
 import click
 
 from onnxq.commands.compare import compare
+from onnxq.commands.compress import compress
 from onnxq.commands.group import Group
 from onnxq.commands.inspect import inspect
 from onnxq.commands.passes import passes
@@ -38,5 +39,5 @@ def main() -> None:
     """
 
 
-for _verb in (quantize, run, compare, inspect, passes):
+for _verb in (quantize, compress, run, compare, inspect, passes):
     main.add_command(_verb)

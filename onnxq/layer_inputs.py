@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from onnxq.frontier import Frontier
-from onnxq.model import Layer, Model, consumers, producer
+from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
-from onnxq.patches import OutputSource, PatchSource, supports
+from onnxq.patches import PatchSource, supports
 from onnxq.runtime import Session, cores
 from onnxq.second_order import Accumulator, SecondOrder, collect, input_session, pick, takes_bias
 from onnxq.simulation import input_name, simulated
@@ -140,30 +139,6 @@ class LayerInputs:
         self._last = source, found
         return found
 
-    def regress(self, layer: Layer) -> SecondOrder | None:
-        """The statistics of what a layer reads, and of what it is wanted to put out there.
-
-        That is what the float model puts out.  Where an Add joins it with something that is settled
-        already, it is what makes the sum that of the float model, so that the layer makes up for
-        both.  Only where the layers are done sequentially.
-
-        Raises:
-            CalibrationError: A value is not finite.
-        """
-        assert self._frontiers is not None
-        floats, now = self._frontiers
-        joined = _settled_sum(self._model, layer)
-        wanted = layer.y if joined is None else joined[0]
-        self.reach(layer)
-        floats.advance(wanted.name)
-        x, y = _floats(now, input_name(self._simulated, layer)), _floats(floats, wanted.name)
-        if joined is not None:
-            now.advance(joined[1].name)
-            others = _floats(now, joined[1].name)
-            y = (total - other for total, other in zip(y, others, strict=True))
-        pairs = zip(x, y, strict=True)
-        return self._sum(layer, PatchSource.of(layer), pairs, OutputSource.of(layer))
-
     def draw(self, layer: Layer) -> tuple[np.ndarray, np.ndarray]:
         """Patches of a layer without groups that was measured last: of x', of x; float32 [P, K].
 
@@ -236,19 +211,10 @@ class LayerInputs:
         floats, ints = self._frontiers
         inner = input_name(self._simulated, layer)
         self.reach(layer)
-        pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
-        return self._sum(layer, source, pairs)
-
-    def _sum(
-        self,
-        layer: Layer,
-        source: PatchSource,
-        pairs: Iterable[tuple[np.ndarray, np.ndarray]],
-        wanted: OutputSource | None = None,
-    ) -> SecondOrder | None:
         halves = statistics_bytes(layer, halves=True) <= self._memory
-        rng, each = self._rng(self._index(source)), self._each(source)
-        total = Accumulator(source, each, rng, shifted=True, halves=halves, wanted=wanted)
+        rng = self._rng(self._index(source))
+        total = Accumulator(source, self._each(source), rng, shifted=True, halves=halves)
+        pairs = zip(ints.values(inner), floats.values(layer.x.name), strict=True)
         if self._threads == 1:
             total.add_all(pairs)
         else:
@@ -300,40 +266,9 @@ class LayerInputs:
         return {layer.name: found.get(layer.name) for layer in group}
 
 
-def _floats(frontier: Frontier, name: str) -> Iterator[np.ndarray]:
-    return (np.asarray(values, np.float32) for values in frontier.values(name))
-
-
 def _give_biases(layers: Sequence[Layer]) -> None:
     """Bring biases into the form in which they will be corrected: one value per channel."""
     for layer in layers:
         if takes_bias(layer):
             bias = np.broadcast_to(layer.take_bias().reshape(-1), layer.output_channels)
-            layer.set_bias(bias.astype(layer.weight.dtype))
-
-
-def _settled_sum(model: Model, layer: Layer) -> tuple[gs.Tensor, gs.Tensor] | None:
-    """The sum that alone reads a layer's output, and its other operand, computed before the layer.
-
-    None where there is none, or where what makes the other operand comes after the layer.
-    """
-    readers = consumers(layer.y)
-    if len(readers) != 1 or readers[0].op != "Add" or model.is_output(layer.y):
-        return None
-    operands = [t for t in readers[0].inputs if t is not layer.y]
-    total = readers[0].outputs[0]
-    if len(operands) != 1 or isinstance(operands[0], gs.Constant) or total.shape is None:
-        return None
-    if any(t.shape is None or [*t.shape] != [*total.shape] for t in (layer.y, operands[0])):
-        return None
-    place = {id(n): i for i, n in enumerate(model.graph.nodes)}
-    own, todo, seen = place[id(layer.node)], [operands[0]], set()
-    while todo:
-        node = producer(todo.pop())
-        if node is None or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if id(node) not in place or (place[id(node)] > own and Layer.of(model, node)):
-            return None
-        todo += node.inputs
-    return total, operands[0]
+            layer.set_bias(bias.astype(np.float32))

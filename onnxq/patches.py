@@ -16,7 +16,7 @@ from onnxq.kernels.patches import add_patch_sums, gather_patches
 from onnxq.model import Layer
 from onnxq.ops import Window, conv_transpose_window, conv_window
 
-__all__ = ["OutputSource", "PatchSource", "rows_of", "supports", "weight_of"]
+__all__ = ["PatchSource", "columns_of", "rows_of", "supports", "weight_of"]
 
 _Three = tuple[int, int, int]
 _Geometry = tuple[_Three, _Three, _Three, _Three, _Three]
@@ -52,6 +52,12 @@ def weight_of(layer: Layer, rows: np.ndarray) -> np.ndarray:
         grouped = rows.reshape(layer.group, shape[1], -1, *shape[2:]).swapaxes(1, 2)
         return np.flip(grouped, tuple(range(3, grouped.ndim))).reshape(shape)
     return np.ascontiguousarray(rows[0].T)
+
+
+def columns_of(layer: Layer, channels: np.ndarray) -> np.ndarray:
+    """One value per input channel, [I], for each column of the patches that holds it, [G, K]."""
+    each = channels.reshape(layer.group, -1)
+    return np.repeat(each, rows_of(layer).shape[-1] // each.shape[1], axis=1)
 
 
 def supports(layer: Layer) -> bool:
@@ -100,9 +106,13 @@ class PatchSource:
 
     def positions(self, x: np.ndarray) -> int:
         """How many patches an input has."""
+        return int(np.prod(self.grid(x)))
+
+    def grid(self, x: np.ndarray) -> tuple[int, ...]:
+        """The axes along which patches lie, in order: those of the output, without channels."""
         if self.op == "rows":
-            return int(np.prod(x.shape[:-1]))
-        return int(x.shape[0] * np.prod(self._on(x.shape[2:]).positions))
+            return x.shape[:-1]
+        return (x.shape[0], *self._on(x.shape[2:]).positions)
 
     def draw(self, x: np.ndarray, picked: np.ndarray) -> np.ndarray:
         """The patches at some positions.
@@ -151,34 +161,6 @@ class PatchSource:
             _three(window.positions, 1),
         )
         return np.ascontiguousarray(x.reshape(*x.shape[:2], *_three(x.shape[2:], 1))), geometry
-
-
-@dataclass(frozen=True)
-class OutputSource:
-    """What a layer puts out, at the positions of its patches.
-
-    Args:
-        axis: The axis that channels run along: 1 behind a convolution, -1 behind a matrix.
-        groups: G.
-    """
-
-    axis: int
-    groups: int
-
-    @classmethod
-    def of(cls, layer: Layer) -> OutputSource:
-        """The source of a layer that `supports`."""
-        return cls(1 if "Conv" in layer.op else -1, layer.group)
-
-    def draw(self, y: np.ndarray, picked: np.ndarray) -> np.ndarray:
-        """The outputs at some positions, float32 [P, G, O/G]."""
-        rows = np.moveaxis(y, self.axis, -1).reshape(-1, y.shape[self.axis])[picked]
-        return np.asarray(rows.reshape(picked.size, self.groups, -1))
-
-    def sums(self, y: np.ndarray) -> np.ndarray:
-        """The sum of all outputs, float64 [G, O/G]."""
-        rows = np.moveaxis(y, self.axis, 0).reshape(y.shape[self.axis], -1)
-        return np.asarray(rows.sum(axis=1, dtype=np.float64).reshape(self.groups, -1))
 
 
 def _widened(x: np.ndarray, strides: tuple[int, ...] | None) -> np.ndarray:

@@ -13,11 +13,10 @@ import numpy as np
 
 from onnxq.analysis.cost import Shapes, layer_costs, tensor_shapes
 from onnxq.dependency import Dependencies, Group, Side, is_depthwise
-from onnxq.kernels.importance import Reader, eliminate, refit
+from onnxq.kernels.importance import Reader, eliminate
 from onnxq.kernels.rounding import shrink
-from onnxq.layer import Layer
 from onnxq.model import Model
-from onnxq.patches import rows_of, weight_of
+from onnxq.patches import columns_of, rows_of
 from onnxq.second_order import SecondOrder, takes_bias
 
 __all__ = [
@@ -28,11 +27,7 @@ __all__ = [
     "dead_classes",
     "order_by_error",
     "order_by_magnitude",
-    "reconstruct",
 ]
-
-# Shares of H's diagonal among which halves of the samples decide.
-_RIDGES = (1e-6, 1e-3, 1e-2, 3e-2, 1e-1, 0.3, 1.0, 3.0)
 
 
 class Candidate(NamedTuple):
@@ -154,16 +149,8 @@ def dead_classes(found: Dependencies, group: Group) -> np.ndarray:
     """Which classes of a group are read with weights of zero alone, bool."""
     dead = np.ones(found.count, bool)
     for side in group.readers:
-        read = (side.layer.along_inputs(np.ones(side.classes.size)) * side.layer.weight) != 0
-        dead[side.classes[_any_input(side.layer, read)]] = False
+        dead[side.classes[_squares(side, reads=True) > 0]] = False
     return np.asarray(dead[group.classes])
-
-
-def _any_input(layer: Layer, where: np.ndarray) -> np.ndarray:
-    """Whether anything of an array like the weight is true for an input channel, bool [I]."""
-    rows = rows_of(layer, where.astype(np.float32))
-    each = rows.shape[-1] * rows.shape[0] // layer.input_channels
-    return np.asarray(rows.any(1).reshape(layer.input_channels, each).any(1))
 
 
 def order_by_magnitude(group: Group) -> np.ndarray:
@@ -175,21 +162,22 @@ def order_by_magnitude(group: Group) -> np.ndarray:
     Source: the group norm of Fang et al. 2023 (arXiv 2301.12900).
     """
     total = np.zeros(group.classes.size)
-    sides = [(s, True) for s in group.inputs] + [(s, False) for s in group.outputs]
-    for side, reads in sides:
-        squares = np.square(side.layer.weight.astype(np.float64))
-        per_channel = (
-            _per_input(side.layer, squares) if reads else side.layer.sum_over_inputs(squares)
-        )
-        per_class = [per_channel[side.classes == c].sum() for c in group.classes]
-        total += np.array(per_class) / max(float(np.mean(per_class)), 1e-30)
+    for reads, sides in ((False, group.outputs), (True, group.inputs)):
+        for side in sides:
+            squares = _squares(side, reads=reads)
+            own = np.array([squares[side.classes == c].sum() for c in group.classes])
+            total += own / max(float(own.mean()), 1e-30)
     return np.argsort(total, kind="stable")
 
 
-def _per_input(layer: Layer, squares: np.ndarray) -> np.ndarray:
-    rows = rows_of(layer, squares)
-    each = rows.shape[-1] * rows.shape[0] // layer.input_channels
-    return np.asarray(rows.sum(1).reshape(layer.input_channels, each).sum(1))
+def _squares(side: Side, *, reads: bool) -> np.ndarray:
+    """The sum of the squared weights of each channel of a side."""
+    layer = side.layer
+    squares = np.square(layer.weight.astype(np.float64))
+    if not reads:
+        return layer.sum_over_inputs(squares)
+    columns = rows_of(layer, squares).sum(axis=1)
+    return np.asarray(columns.reshape(layer.input_channels, -1).sum(axis=1))
 
 
 def order_by_error(
@@ -216,59 +204,6 @@ def _readers(side: Side, group: Group, statistics: Mapping[str, SecondOrder]) ->
     rows = rows_of(layer).astype(np.float64)
     moment = known.covariance if takes_bias(layer) else known.moment
     power = float(np.sum((rows @ moment) * rows))
-    each = side.classes.reshape(layer.group, -1)
-    taps = rows.shape[-1] // each.shape[1]
-    for g in range(layer.group):
-        columns = np.repeat(each[g], taps)
+    for g, columns in enumerate(columns_of(layer, side.classes)):
         blocks = np.array([np.flatnonzero(columns == c) for c in group.classes])
-        gram = shrink(moment[g], known.sampled)
-        yield Reader(rows[g], gram, blocks, power)
-
-
-# ---------------------------------------------------------------------- reconstruction
-
-
-def reconstruct(layer: Layer, statistics: SecondOrder, kept: np.ndarray) -> None:
-    """Give a layer the weight and bias that come nearest to what it is wanted to put out.
-
-    The ridge is the one with which what one half of the samples asks for serves the other best.
-
-    Args:
-        layer: The layer, its weight that of the float model.
-        statistics: Of what it reads, and of what it is wanted to put out, in halves.
-        kept: Whether an input channel is left, bool [I]; the columns of the others become zero.
-    """
-    alpha = float(layer.node.attrs.get("alpha", 1.0))  # of a Gemm
-    rows = alpha * rows_of(layer).astype(np.float64)
-    each = kept.reshape(layer.group, -1)
-    columns = np.repeat(each, rows.shape[-1] // each.shape[1], axis=1)
-    biased = takes_bias(layer)
-    halves = [_moments(half, biased) for half in statistics.halves or ()]
-
-    def fit(moments: tuple[np.ndarray, np.ndarray], ridge: float) -> np.ndarray:
-        parts = zip(rows, *moments, columns, strict=True)
-        return np.array([refit(w, h, t, s, ridge) for w, h, t, s in parts])
-
-    def misfit(ridge: float) -> float:
-        """The error on the halves of what the other halves ask for, but for what it cannot help."""
-        total = 0.0
-        for one, (h, t) in zip(halves, halves[::-1], strict=True):
-            found = fit(one, ridge)
-            total += float(np.sum((found @ h - 2 * t) * found))
-        return total
-
-    ridge = min(_RIDGES, key=misfit) if halves else _RIDGES[-1]  # without halves, no trust
-    found = fit(_moments(statistics, biased), ridge)
-    if biased:
-        shift = np.einsum("gok,gk->go", found, statistics.mean)
-        bias = (statistics.reference_mean - shift).reshape(-1)
-        layer.node.attrs.pop("beta", None)
-        layer.set_bias(bias.astype(layer.weight.dtype))
-    layer.set_weight(weight_of(layer, found / alpha).astype(layer.weight.dtype))
-
-
-def _moments(known: SecondOrder, biased: bool) -> tuple[np.ndarray, np.ndarray]:
-    """H and T, about the means where a bias makes up for their shift."""
-    if biased:
-        return known.covariance, known.cross_covariance
-    return known.moment, known.cross_moment
+        yield Reader(rows[g], shrink(moment[g], known.sampled), blocks, power)

@@ -89,6 +89,7 @@ def page(
         f"<h1>{_text(title)}</h1>",
         f'<p class="dim">What onnxq {_text(__version__)} made of it.</p>',
         *_summary(report),
+        *_compression(report),
         *_weights(report, layers),
         *_declined(report),
         "<h2>Recipe</h2>",
@@ -141,6 +142,32 @@ def _summary(report: Report) -> Iterator[str]:
     yield "<h2>Passes</h2>"
     passes = [[_text(p.name), f"{p.seconds:.2f}", megabytes(p.nbytes)] for p in report.passes]
     yield from _table(("pass", "#seconds", "#constants after it"), passes, "facts")
+
+
+def _compression(report: Report) -> Iterator[str]:
+    """What became of each layer; nothing where there was no budget."""
+    found = report.facts.get("compression")
+    if found is None:
+        return
+    budget, macs = found["budget"], found["macs"]
+    yield "<h2>Compression</h2>"
+    yield (
+        f"<p>{millions(macs['before'])} to {millions(macs['after'])} MACs a sample,"
+        f" {100 * macs['after'] / max(macs['before'], 1):.1f} %; the budget was"
+        f" {100 * budget['share']:.1f} % of the {_text(budget['of'])}. Errors are those of the"
+        " layer's own output, from statistics of its input.</p>"
+    )
+    rows = [
+        [
+            _text(layer["name"]),
+            _text(layer["method"]),
+            str(layer["rank_or_channels"]),
+            f"{100 * layer['macs']['after'] / max(layer['macs']['before'], 1):.0f} %",
+            f"{100 * layer['error']:.2f} %",
+        ]
+        for layer in found["layers"]
+    ]
+    yield from _table(("layer", "method", "#rank", "#MACs", "#error"), rows)
 
 
 def _weights(report: Report, layers: Sequence[LayerRanges]) -> Iterator[str]:

@@ -23,7 +23,7 @@ import numpy as np
 from onnxq.errors import CalibrationError
 from onnxq.kernels.gram import add_outer_products
 from onnxq.model import Layer, Model
-from onnxq.patches import OutputSource, PatchSource, rows_of, supports, weight_of
+from onnxq.patches import PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
 
 __all__ = [
@@ -66,9 +66,6 @@ class SecondOrder:
         cross: Sum of (x - mean)(x' - mean)^T over them; the same array where x' is x.
         halves: The statistics of every second sample, and of the others: how far they differ says
             how far the whole can be trusted.  None where they were not kept apart.
-
-    In place of x there may be what the layer is wanted to put out, float64 [G, O/G] and
-    [G, O/G, K].
     """
 
     count: int
@@ -150,8 +147,8 @@ class Accumulator:
         rng: Draws their positions.
         shifted: Whether the float model's input is given, too, and differs.
         halves: Whether to keep every second sample apart.
-        wanted: Where what is given beside the layer's input is no such input, but what it is to put
-            out, how that is drawn.
+        reference: How that is drawn, where it is not such patches, but something else at the same
+            positions: the cross moment is with these.
     """
 
     def __init__(
@@ -162,15 +159,17 @@ class Accumulator:
         *,
         shifted: bool = False,
         halves: bool = False,
-        wanted: OutputSource | None = None,
+        reference: PatchSource | None = None,
     ) -> None:
         self._source = source
-        self._beside = wanted or source
+        self._other = reference or source
         self._patches = patches
         self._rng = rng
         self._shifted = shifted
         self._count = 0
-        self._total = self._reference = np.zeros(())
+        self._total, self._reference = (
+            np.zeros((s.groups, s.columns)) for s in (source, self._other)
+        )
         most = max(1, _CHUNK // (4 * source.groups * source.columns))
         self._parts = [_Part(shifted, most) for _ in range(1 + halves)]
         self._seen = 0
@@ -193,8 +192,8 @@ class Accumulator:
         """
         for positions, totals, drawn in each(self._drawn, self._picked(pairs)):
             self._count += positions
-            self._total = self._total + totals[0]
-            self._reference = self._reference + totals[1]
+            self._total += totals[0]
+            self._reference += totals[1]
             self._parts[self._seen % len(self._parts)].add(drawn)
             self._seen += 1
 
@@ -209,7 +208,7 @@ class Accumulator:
         total, drawn = self._source.sums(x), self._source.draw(x, picked)
         if not self._shifted:
             return positions, (total, total), (drawn, drawn)
-        known = self._beside.sums(reference), self._beside.draw(reference, picked)
+        known = self._other.sums(reference), self._other.draw(reference, picked)
         return positions, (total, known[0]), (drawn, known[1])
 
     def result(self) -> SecondOrder | None:
@@ -274,19 +273,19 @@ def _products(a: np.ndarray, b: np.ndarray, centre: np.ndarray, other: np.ndarra
     """Per group the sum of (a - centre) (b - other)^T over patches, added up in float32.
 
     Args:
-        a: float32 [P, G, R].
+        a: float32 [P, G, J].
         b: float32 [P, G, K]; the same array costs half (syrk).
-        centre: Mean of a, [G, R].
+        centre: Mean of a, [G, J].
         other: Mean of b, [G, K].
 
     Returns:
-        float64 [G, R, K].
+        float64 [G, J, K].
     """
     means = centre.astype(np.float32), other.astype(np.float32)
-    groups, rows, columns = *a.shape[1:], b.shape[2]
-    total = np.zeros((groups, rows, columns), np.float32)
+    _, groups, columns = a.shape
+    total = np.zeros((groups, columns, b.shape[2]), np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # the caller looks at the result
-        if groups > 1 and rows == columns <= _SHORT:
+        if groups > 1 and a.shape == b.shape and columns <= _SHORT:
             add_outer_products(a, b, *means, total)
         else:
             for g in range(groups):

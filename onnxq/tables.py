@@ -16,7 +16,7 @@ from onnxq.passes import PASSES
 from onnxq.recipe import RECIPES
 from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
 
-__all__ = ["comparison", "inspection", "pass_list", "pass_page", "summary"]
+__all__ = ["comparison", "compression", "inspection", "pass_list", "pass_page", "summary"]
 
 # Refusals listed one by one before the rest is counted.
 LISTED = 8
@@ -65,6 +65,39 @@ def refusals(report: Report) -> list[str]:
     if len(skipped) > LISTED:
         lines.append(f"left alone: {len(skipped) - LISTED} more, see --json")
     return lines
+
+
+def compression(report: Report, source: Path, destination: Path) -> None:
+    """What became of each layer, what that saves, and what it costs the outputs."""
+    facts = report.facts
+    found = facts["compression"]
+    layers = _table("layer", "method", "rank", "MACs", "bytes", "error of its output")
+    for layer in found["layers"]:
+        shares = (layer[of]["after"] / max(layer[of]["before"], 1) for of in ("macs", "bytes"))
+        layers.add_row(
+            layer["name"],
+            layer["method"],
+            str(layer["rank_or_channels"]),
+            *(f"{100 * share:.0f} %" for share in shares),
+            f"{100 * layer['error']:.2f} %",
+        )
+    click.echo(f"{source} -> {destination}")
+    _print(layers)
+    table = _table("", "")
+    macs, stored = found["macs"], facts["bytes"]
+    share = f"{100 * macs['after'] / max(macs['before'], 1):.1f} %"
+    before, after = millions(macs["before"]), millions(macs["after"])
+    table.add_row("MACs", f"{before} -> {after} a sample, {share}")
+    sizes = " -> ".join(megabytes(stored[when]) for when in ("before", "after"))
+    table.add_row("bytes", f"{sizes}, {100 * stored['after'] / stored['before']:.1f} %")
+    if facts["integers"]["share"]:
+        table.add_row("MACs in integers", f"{100 * facts['integers']['share']:.1f} %")
+    for output in facts.get("outputs", []):
+        table.add_row(f"output {output['name']}", error_line(output))
+    table.add_row("seconds", f"{facts['seconds']:.1f}")
+    _print(table)
+    for line in refusals(report):
+        click.echo(line)
 
 
 def comparison(result: Comparison) -> None:

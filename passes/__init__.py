@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from onnxq.passes.calibrate import Calibrate
     from onnxq.passes.channel_pruning import ChannelPruning
     from onnxq.passes.clean import Clean
+    from onnxq.passes.compress import Compress
     from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
     from onnxq.passes.fold_batch_norm import FoldBatchNorm
     from onnxq.passes.fold_dead_channels import FoldDeadChannels
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from onnxq.passes.load_encodings import LoadEncodings
     from onnxq.passes.residual_input import ResidualInput
     from onnxq.passes.space_to_depth import SpaceToDepth
+    from onnxq.passes.spatial_svd import SpatialSVD
+    from onnxq.passes.weight_svd import WeightSVD
 
 __all__ = [
     "GPTQ",
@@ -33,6 +36,7 @@ __all__ = [
     "Calibrate",
     "ChannelPruning",
     "Clean",
+    "Compress",
     "CrossLayerEqualization",
     "FoldBatchNorm",
     "FoldDeadChannels",
@@ -42,6 +46,8 @@ __all__ = [
     "LoadEncodings",
     "ResidualInput",
     "SpaceToDepth",
+    "SpatialSVD",
+    "WeightSVD",
 ]
 
 # name in recipes and on the command line -> where the class is
@@ -53,6 +59,9 @@ PASSES = {
     "channel-pruning": "onnxq.passes.channel_pruning:ChannelPruning",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
+    "compress": "onnxq.passes.compress:Compress",
+    "spatial-svd": "onnxq.passes.spatial_svd:SpatialSVD",
+    "weight-svd": "onnxq.passes.weight_svd:WeightSVD",
     "gate-equalization": "onnxq.passes.gate_equalization:GateEqualization",
     "calibrate": "onnxq.passes.calibrate:Calibrate",
     "load-encodings": "onnxq.passes.load_encodings:LoadEncodings",

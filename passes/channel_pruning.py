@@ -12,7 +12,7 @@ import numpy as np
 from onnxq.cut import cut
 from onnxq.dependency import Dependencies, Group, find_groups, is_depthwise
 from onnxq.errors import RecipeError, did_you_mean
-from onnxq.layer_inputs import LayerInputs, statistics_bytes
+from onnxq.layer_inputs import statistics_bytes
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
 from onnxq.passes.fold_dead_channels import FoldDeadChannels
@@ -24,9 +24,9 @@ from onnxq.pruning import (
     dead_classes,
     order_by_error,
     order_by_magnitude,
-    reconstruct,
 )
 from onnxq.report import millions
+from onnxq.responses import Responses
 from onnxq.second_order import SecondOrder, collect, input_session
 
 __all__ = ["ChannelPruning"]
@@ -120,11 +120,22 @@ class ChannelPruning:
         for name, why in found.refused.items():
             changes.skip(name, f"keeps its channels: {why}")
         counts = self._counts(model, found, changes)
-        keep = self._choose(model, found, counts, ctx)
-        if keep.all():
+        cuts = [g for g, count in counts.items() if count < g.classes.size]
+        if not cuts:
             return changes
         costs = Costs.of(model)
-        if self.reconstruct:
+        dead = [dead_classes(found, g) for g in cuts]
+        keep = np.ones(found.count, bool)
+        alive = []  # groups of which more goes than is dead
+        for group, unread in zip(cuts, dead, strict=True):
+            gone = group.classes.size - counts[group]
+            keep[group.classes[np.flatnonzero(unread)[:gone]]] = False
+            if gone > unread.sum():
+                alive.append(group)
+        for group, order in self._orders(model, alive, counts, ctx, changes):
+            rest = order[keep[group.classes[order]]]
+            keep[group.classes[rest[: int(keep[group.classes].sum()) - counts[group]]]] = False
+        if self.reconstruct and alive:
             self._fit(model, found, keep, ctx, changes)
         cut(model, found, keep)
         for group, count in counts.items():
@@ -184,23 +195,24 @@ class ChannelPruning:
 
     # -------------------------------------------------------------- which channels
 
-    def _choose(
-        self, model: Model, found: Dependencies, counts: Mapping[Group, int], ctx: Context
-    ) -> np.ndarray:
-        """Whether each class stays, bool [classes]."""
-        keep = np.ones(found.count, bool)
-        cuts = [g for g, count in counts.items() if count < g.classes.size]
-        for groups, statistics in self._measured(model, cuts, ctx):
-            for group in groups:
-                gone = group.classes.size - counts[group]
-                if self.importance == "magnitude":
-                    order = order_by_magnitude(group)
-                    dead = dead_classes(found, group)[order]
-                    order = np.concatenate([order[dead], order[~dead]])
-                else:
-                    order = order_by_error(group, statistics, counts[group])[0]
-                keep[group.classes[order[:gone]]] = False
-        return keep
+    def _orders(
+        self,
+        model: Model,
+        groups: Sequence[Group],
+        counts: Mapping[Group, int],
+        ctx: Context,
+        changes: Changes,
+    ) -> Iterator[tuple[Group, np.ndarray]]:
+        """Groups with their classes, by place, in the order in which they are missed least."""
+        for part, statistics in self._measured(model, groups, ctx):
+            for group in part:
+                unseen = [s.layer.name for s in group.readers if s.layer.name not in statistics]
+                if self.importance == "error" and not unseen:
+                    yield group, order_by_error(group, statistics, counts[group])[0]
+                    continue
+                if self.importance == "error":
+                    changes.skip(group.name, f"by magnitude: no sample reached {unseen[0]}")
+                yield group, order_by_magnitude(group)
 
     def _measured(
         self, model: Model, groups: Sequence[Group], ctx: Context
@@ -244,9 +256,9 @@ class ChannelPruning:
         }
         every = model.layers()
         first = next(i for i, layer in enumerate(every) if layer.name in masks)
-        layers = [x for x in every[first:] if x.name in masks or _fits(x)]
+        layers = [x for x in every[first:] if _fits(x)]
         seed = int(ctx.rng(self).integers(2**31))
-        inputs = LayerInputs(
+        responses = Responses(
             model,
             layers,
             ctx,
@@ -256,17 +268,22 @@ class ChannelPruning:
             patches=self.patches,
             memory_mb=self.memory_mb,
         )
-        for note in inputs.notes:
+        for note in responses.notes:
             changes.add(note)
+        for layer in every:
+            if layer.name in masks and not _fits(layer):
+                changes.skip(layer.name, f"not reconstructed: {layer.weight.dtype} weights")
+                read = layer.along_inputs(masks[layer.name])
+                layer.set_weight(np.where(read, layer.weight, 0).astype(layer.weight.dtype))
+                responses.settle(layer)
         with ctx.progress.task("reconstruct", len(layers)) as advance:
             for layer in layers:
-                statistics = inputs.regress(layer)
-                if statistics is None:
+                response = responses.response(layer)
+                if response is None:
                     changes.skip(layer.name, "not reconstructed: no sample reached it")
                 else:
-                    whole = np.ones(layer.input_channels, bool)
-                    reconstruct(layer, statistics, masks.get(layer.name, whole))
-                inputs.settle(layer)
+                    response.settle(response.solution(masks.get(layer.name)))
+                responses.settle(layer)
                 advance(1)
 
 
@@ -290,10 +307,11 @@ def _batches(groups: Sequence[Group], memory: int) -> Iterator[Sequence[Group]]:
 
 
 def _fits(layer: Layer) -> bool:
-    """Whether a layer that lost no input can be fitted, too."""
+    """Whether a layer can be fitted; one that reads channels that go can, unless in float16."""
     return (
         supports(layer)
         and layer.unscalable is None
         and layer.owns_params
+        and layer.weight.dtype == np.float32
         and not layer.model.is_output(layer.weight_tensor)
     )

@@ -123,6 +123,13 @@ seed = click.option(
     metavar="N",
     help="Seed of random choices. The same seed, samples and options give the same bytes.",
 )
+resume = click.option(
+    "--resume",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep each finished layer of a search in this folder, and take up what an interrupted"
+    " run of the same model, samples and options left there. The result has the same bytes.",
+)
 search = options(
     click.option(
         "--budget",
@@ -133,13 +140,7 @@ search = options(
         help="Time that passes which search may take, such as 60s, 5m or 1h: more sweeps if there"
         " is more of it, and what is left when it is up is rounded to nearest.",
     ),
-    click.option(
-        "--resume",
-        type=click.Path(path_type=Path, file_okay=False),
-        metavar="DIR",
-        help="Keep each finished layer of a search in this folder, and take up what an interrupted"
-        " run of the same model, samples and options left there. The result has the same bytes.",
-    ),
+    resume,
 )
 
 
