@@ -31,6 +31,12 @@ class Reader:
     blocks: np.ndarray
     power: float
 
+    def refitted(self, kept: np.ndarray) -> np.ndarray:
+        """The weight on the columns that are left, bool [K], that makes up for the others best."""
+        gram = _damped(self.gram, RIDGE)
+        wanted = self.rows @ gram[:, kept]
+        return np.asarray(np.linalg.solve(gram[np.ix_(kept, kept)], wanted.T).T)
+
 
 def eliminate(readers: Sequence[Reader], stop: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Take out the block that costs least, over and over; the other columns make up for it.

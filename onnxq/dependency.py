@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -58,6 +59,15 @@ class Group:
     def readers(self) -> tuple[Side, ...]:
         """The layers that mix these channels with one another: all that read them but depthwise."""
         return tuple(s for s in self.inputs if not is_depthwise(s.layer))
+
+    @cached_property
+    def shares(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Of the outputs, and of the inputs, of each layer: the share that is the group's."""
+        found = [
+            {s.layer.name: float(np.isin(s.classes, self.classes).mean()) for s in sides}
+            for sides in (self.outputs, self.inputs)
+        ]
+        return found[0], found[1]
 
     @property
     def members(self) -> list[str]:

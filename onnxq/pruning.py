@@ -16,8 +16,8 @@ from onnxq.dependency import Dependencies, Group, Side, is_depthwise
 from onnxq.kernels.importance import Reader, eliminate
 from onnxq.kernels.rounding import shrink
 from onnxq.model import Model
-from onnxq.patches import columns_of, rows_of
-from onnxq.second_order import SecondOrder, takes_bias
+from onnxq.patches import columns_of, rows_of, weight_of
+from onnxq.second_order import SecondOrder, correct_bias, takes_bias
 
 __all__ = [
     "Candidate",
@@ -27,6 +27,7 @@ __all__ = [
     "dead_classes",
     "order_by_error",
     "order_by_magnitude",
+    "trial",
 ]
 
 
@@ -83,6 +84,37 @@ def candidates(
     return found
 
 
+def trial(
+    model: Model, group: Group, statistics: Mapping[str, SecondOrder], channels: int
+) -> Model:
+    """A copy of the model that computes what it will with a group cut to so many channels.
+
+    Nothing is cut: those that would go are read with weights of zero, and the layers that read the
+    group are reconstructed.  It is there to be run, and shows what the error does further on.
+
+    Args:
+        model: The model.
+        group: One of its groups.
+        statistics: Those that `candidates` takes.
+        channels: How many are kept.
+    """
+    copy = model.clone()
+    order, _ = order_by_error(group, statistics, channels)
+    twins = {layer.name: layer for layer in copy.layers()}
+    for side in group.readers:
+        layer, known = twins[side.layer.name], statistics[side.layer.name]
+        kept = ~columns_of(layer, np.isin(side.classes, group.classes[order]))
+        rows = rows_of(layer).astype(np.float64)
+        found = np.zeros_like(rows)
+        for g, reader in enumerate(_readers(side, group, statistics)):
+            s = kept[g]
+            found[g][:, s] = reader.refitted(s)
+        if takes_bias(layer):
+            correct_bias(layer, found, known)
+        layer.set_weight(weight_of(layer, found).astype(layer.weight.dtype))
+    return copy
+
+
 def channels_at(size: int, ratio: float, multiple: int, least: int) -> int:
     """How many of so many channels a ratio keeps: the nearest multiple, and not too few."""
     nearest = multiple * int(ratio * size / multiple + 0.5)
@@ -125,13 +157,11 @@ class Costs:
         inputs: dict[str, float] = {}
         depthwise = set()
         for group, count in channels.items():
-            gone = group.classes[count:]
-            for sides, shares in ((group.outputs, outputs), (group.inputs, inputs)):
-                for side in sides:
-                    share = float(np.isin(side.classes, gone).mean())
-                    shares[side.layer.name] = shares.get(side.layer.name, 1.0) - share
-                    if is_depthwise(side.layer):
-                        depthwise.add(side.layer.name)
+            gone = 1.0 - count / group.classes.size
+            for left, shares in zip((outputs, inputs), group.shares, strict=True):
+                for name, share in shares.items():
+                    left[name] = left.get(name, 1.0) - share * gone
+            depthwise |= {s.layer.name for s in group.inputs if is_depthwise(s.layer)}
         macs, nbytes = self.macs, self.nbytes
         for name in outputs.keys() | inputs.keys():
             whole, weight, bias = self.layers[name]

@@ -67,8 +67,10 @@ class ChannelPruning:
 
     Args:
         ratio: Share of channels kept, in (0, 1].
-        ratios: Other shares for some: pairs of a name or glob and a share. The name is that of a
-            layer that puts the channels out; of pairs that fit, the last one counts.
+        ratios: Other shares for some: pairs of a name and a share. The name is that of a group,
+            which is the name of the first layer that puts its channels out; or it is a name or
+            glob of any such layer, and means all groups of these. Of pairs that fit, the last one
+            counts.
         multiple: Channels kept are a multiple of this, rounded to the nearest, which is what vector
             instructions like; where there are no more than that to begin with all are kept.
         least: Least number of channels kept.
@@ -180,7 +182,8 @@ class ChannelPruning:
         """Name of a group -> the ratio that was given for it."""
         ratios: dict[str, float] = {}
         for glob, ratio in self.ratios:
-            hits = [g.name for g in found.groups if _names(glob, [g.name, *g.members])]
+            exact = [g.name for g in found.groups if g.name == glob]
+            hits = exact or [g.name for g in found.groups if _names(glob, [g.name, *g.members])]
             if not hits and glob in found.refused:
                 raise RecipeError(
                     f"ratios: {glob} keeps its channels: {found.refused[glob]}",

@@ -15,7 +15,9 @@ from onnxq.pruning import (
     dead_classes,
     order_by_error,
     order_by_magnitude,
+    trial,
 )
+from onnxq.runtime import Session
 from onnxq.second_order import collect, input_session
 from tests import models
 from tests.checks import run
@@ -127,6 +129,38 @@ def test_the_error_is_that_of_the_best_weights_on_the_channels_left(name):
     part, y = part - part.mean(axis=0), y - y.mean(axis=0)
     left = y - part @ np.linalg.lstsq(part, y, rcond=None)[0]
     assert row.error == pytest.approx(np.square(left).sum() / np.square(y).sum(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["f", "q", "i"])
+def test_a_trial_makes_the_error_that_was_foretold(name):
+    proto = named(BLOCK)
+    model, found, statistics, feeds = known(proto)
+    group = found.group(name)
+    (row,) = candidates(model, group, statistics, [0.5], multiple=1)
+    other = trial(model, group, statistics, row.channels)
+    total = 0.0
+    for side in group.readers:
+        sessions = [
+            Session(m.to_proto([side.layer.y.name] if side.layer.y.name != "y" else []), threads=1)
+            for m in (model, without_upstream(model, other, side.layer.name))
+        ]
+        pairs = [
+            [s.run(feed)[side.layer.y.name].astype(np.float64) for s in sessions] for feed in feeds
+        ]
+        noise = sum(np.square(a - b).sum() for a, b in pairs)
+        values = np.concatenate([np.moveaxis(a, 1, -1).reshape(-1, a.shape[1]) for a, _ in pairs])
+        total += noise / np.square(values - values.mean(axis=0)).sum()
+    assert total == pytest.approx(row.error, rel=0.2)
+
+
+def without_upstream(model, other, name):
+    """The model with the weight of one layer from another, so that it reads what it did before."""
+    copy = model.clone()
+    layers = [next(x for x in m.layers() if x.name == name) for m in (copy, other)]
+    layers[0].set_weight(layers[1].weight)
+    if layers[1].bias is not None:
+        layers[0].set_bias(layers[1].bias)
+    return copy
 
 
 def test_magnitude_goes_by_all_weights_of_a_channel():

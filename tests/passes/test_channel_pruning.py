@@ -242,6 +242,20 @@ def test_any_layer_of_a_group_names_it():
     assert sizes(model)["l"] == (4, 16, 3, 3)
 
 
+def test_the_name_of_a_group_means_no_other():
+    # o puts out what c does, too, and channels of its own
+    text = (
+        "g (float[N,3,9,9] x) => (float[] y) <float[4,3,1,1] w, float[8,4,1,1] a,"
+        " int64[8] pads, float[5,8,1,1] v>"
+        "{ c = Conv(x, w) o = Conv(c, a) p = Pad(c, pads) s = Add(o, p) y = Conv(s, v) }"
+    )
+    proto = named(text, pads=[0, 2, 0, 0, 0, 2, 0, 0])
+    model, _ = pruned(proto, None, ratio=1.0, ratios=(("o", 0.5),), **PLAIN)
+    assert sizes(model) == {"c": (4, 3, 1, 1), "o": (6, 4, 1, 1), "y": (5, 6, 1, 1)}
+    model, _ = pruned(proto, None, ratio=1.0, ratios=(("[o]", 0.5),), **PLAIN)
+    assert sizes(model) == {"c": (2, 3, 1, 1), "o": (4, 2, 1, 1), "y": (5, 4, 1, 1)}
+
+
 def test_excluded_layers_keep_their_channels():
     proto = named(RESIDUAL)
     model, changes = pruned(proto, None, exclude=("l", "j"), **PLAIN)
