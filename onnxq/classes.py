@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.channels import ChannelWalk
-from onnxq.model import Model
+from onnxq.model import Layer, Model
 
-__all__ = ["ClassWalk"]
+__all__ = ["ClassWalk", "Side"]
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """The output or input channels of one layer.
+
+    Args:
+        layer: The layer.
+        classes: Class of each of its channels, int64 [channels].
+    """
+
+    layer: Layer
+    classes: np.ndarray
 
 
 class ClassWalk(ChannelWalk):

@@ -14,23 +14,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnxq.channels import broadcasts
-from onnxq.classes import ClassWalk
+from onnxq.classes import ClassWalk, Side
 from onnxq.model import Layer, Model
 
 __all__ = ["Ceiling", "Constant", "Coupling", "Side", "couple"]
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """The output or input channels of one layer.
-
-    Args:
-        layer: The layer.
-        classes: Class of each of its channels, int64 [channels].
-    """
-
-    layer: Layer
-    classes: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

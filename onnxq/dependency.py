@@ -19,23 +19,10 @@ import onnx_graphsurgeon as gs
 
 from onnxq import ops
 from onnxq.channels import Flow, broadcasts
-from onnxq.classes import ClassWalk
+from onnxq.classes import ClassWalk, Side
 from onnxq.model import Layer, Model, consumers, producer
 
 __all__ = ["Dependencies", "Group", "Side", "find_groups", "is_depthwise"]
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """The output or input channels of one layer.
-
-    Args:
-        layer: The layer.
-        classes: Class of each of its channels, int64 [channels].
-    """
-
-    layer: Layer
-    classes: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
