@@ -40,7 +40,7 @@ class LowRank:
     exclude: tuple[str, ...] = ()
     reconstruct: Literal["all", "split", "none"] = "all"
     samples: int = 0
-    patches: int = 16384
+    patches: int = 32768
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:

@@ -14,10 +14,9 @@ import numpy as np
 from onnxq.analysis.cost import Shapes, layer_costs, tensor_shapes
 from onnxq.dependency import Dependencies, Group, Side, is_depthwise
 from onnxq.kernels.importance import Reader, eliminate
-from onnxq.kernels.rounding import shrink
 from onnxq.model import Model
 from onnxq.patches import columns_of, rows_of, weight_of
-from onnxq.second_order import SecondOrder, correct_bias, takes_bias
+from onnxq.second_order import SecondOrder, correct_bias, takes_bias, trusted_moment
 
 __all__ = [
     "Candidate",
@@ -66,7 +65,7 @@ def candidates(
         model: The model.
         group: One of its groups.
         statistics: Layer name -> second-order statistics of the input of each layer in
-            `group.readers`, as `onnxq.second_order.collect` gives them.
+            `group.readers`, as `onnxq.second_order.collect` gives them, best in halves.
         ratios: Shares of channels kept, in (0, 1].
         multiple: Channels kept are a multiple of this.
         least: Least number of channels kept.
@@ -232,8 +231,8 @@ def order_by_error(
 def _readers(side: Side, group: Group, statistics: Mapping[str, SecondOrder]) -> Iterator[Reader]:
     layer, known = side.layer, statistics[side.layer.name]
     rows = rows_of(layer).astype(np.float64)
-    moment = known.covariance if takes_bias(layer) else known.moment
+    moment = trusted_moment(layer, known)
     power = float(np.sum((rows @ moment) * rows))
     for g, columns in enumerate(columns_of(layer, side.classes)):
         blocks = np.array([np.flatnonzero(columns == c) for c in group.classes])
-        yield Reader(rows[g], shrink(moment[g], known.sampled), blocks, power)
+        yield Reader(rows[g], moment[g], blocks, power)

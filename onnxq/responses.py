@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,12 +14,18 @@ from onnxq.kernels.lowrank import refit
 from onnxq.layer_inputs import LayerInputs, statistics_bytes
 from onnxq.model import Layer
 from onnxq.patches import PatchSource, columns_of, rows_of, weight_of
-from onnxq.second_order import Accumulator, SecondOrder, takes_bias
+from onnxq.second_order import (
+    Accumulator,
+    SecondOrder,
+    patches_per_sample,
+    takes_bias,
+    trusted_moment,
+)
 
 __all__ = ["Response", "Responses"]
 
-# Shares of H's diagonal among which halves of the samples choose; the first where there are none.
-_RIDGES = (1e-3, 1e-6, 1e-4, 1e-2, 1e-1, 1.0)
+# The share of H's diagonal that the search begins at, and the most and least that it goes to.
+_RIDGE, _RIDGES = 1e-2, (1e-4, 1e4)
 
 
 @dataclass(frozen=True)
@@ -36,8 +43,8 @@ class Response:
 
     @property
     def moment(self) -> np.ndarray:
-        """H of the patches x', about the mean where a bias makes up for it, [G, K, K]."""
-        return self._moments(self.statistics)[0]
+        """H of the patches x', as far as the samples can be trusted, [G, K, K]."""
+        return trusted_moment(self.layer, self.statistics)
 
     def solution(self, kept: np.ndarray | None = None) -> np.ndarray:
         """The rows that come nearest to what is wanted, float64 [G, O/G, K].
@@ -68,7 +75,7 @@ class Response:
                 total += float(np.sum((found @ h - 2 * c) * found))
             return total
 
-        ridge = min(_RIDGES, key=misfit) if halves else _RIDGES[0]
+        ridge = _lowest(misfit) if halves else _RIDGE
         return fit(self._moments(self.statistics), ridge)
 
     def settle(self, rows: np.ndarray) -> None:
@@ -151,6 +158,10 @@ class Responses(LayerInputs):
         floats.advance(layer.y.name)
         return str(layer.y.name), None
 
+    def _each(self, source: PatchSource) -> int:
+        """Patches to draw of each sample: least squares follow the noise of few."""
+        return patches_per_sample(source, self._patches, len(self.samples))
+
     def _branch(self, layer: Layer) -> str | None:
         """What alone is added to a layer's output, if no layer that is still to change makes it."""
         readers = consumers(layer.y)
@@ -181,6 +192,20 @@ class Responses(LayerInputs):
         if source.op == "rows":
             return first, *rest, layer.output_channels
         return first, layer.output_channels, *rest
+
+
+def _lowest(misfit: Callable[[float], float]) -> float:
+    """The power of ten at which a function with one valley is lowest."""
+    ridge, lowest = _RIDGE, misfit(_RIDGE)
+    for factor in (10.0, 0.1):
+        while _RIDGES[0] <= ridge * factor <= _RIDGES[1]:
+            tried = misfit(ridge * factor)
+            if tried >= lowest:
+                break
+            ridge, lowest = ridge * factor, tried
+        if ridge != _RIDGE:
+            break
+    return ridge
 
 
 def _outputs(layer: Layer) -> PatchSource:

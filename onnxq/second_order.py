@@ -22,6 +22,7 @@ import numpy as np
 
 from onnxq.errors import CalibrationError
 from onnxq.kernels.gram import add_outer_products
+from onnxq.kernels.rounding import shrink
 from onnxq.model import Layer, Model
 from onnxq.patches import PatchSource, rows_of, supports, weight_of
 from onnxq.runtime import Session
@@ -38,6 +39,7 @@ __all__ = [
     "rows_of",
     "supports",
     "takes_bias",
+    "trusted_moment",
     "weight_of",
 ]
 
@@ -320,6 +322,25 @@ def correct_bias(layer: Layer, rounded: np.ndarray, statistics: SecondOrder | np
     layer.set_bias((layer.take_bias() + alpha * shift).astype(np.float32))
 
 
+def trusted_moment(layer: Layer, known: SecondOrder) -> np.ndarray:
+    """H of a layer's input as far as the samples can be trusted, [G, K, K].
+
+    It is about the mean where a bias makes up for that, and drawn towards its diagonal by as much
+    as its halves differ, see `shrink`.
+    """
+
+    def moment(part: SecondOrder) -> np.ndarray:
+        return part.covariance if takes_bias(layer) else part.moment
+
+    halves = [moment(half) for half in known.halves or ()]
+    return np.array(
+        [
+            shrink(h, known.sampled, *(half[g] for half in halves))
+            for g, h in enumerate(moment(known))
+        ]
+    )
+
+
 def input_session(model: Model, layers: Sequence[Layer], threads: int) -> Session:
     """The model, with the inputs of the layers among its outputs."""
     names = dict.fromkeys(layer.x.name for layer in layers)
@@ -335,6 +356,7 @@ def collect(
     expected: int,
     rng: np.random.Generator,
     patches: int = 8192,
+    halves: bool = False,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, SecondOrder]:
     """Second-order statistics of the inputs of layers, by layer name.
@@ -347,10 +369,13 @@ def collect(
         rng: Draws the positions of the patches.
         patches: Patches per layer, about; layers with more than a quarter as many weights per
             output draw four per weight.
+        halves: Whether to keep every second sample apart.
         progress: Called with 1 after each sample.
     """
     sums = {
-        source: Accumulator(source, patches_per_sample(source, patches, expected), rng)
+        source: Accumulator(
+            source, patches_per_sample(source, patches, expected), rng, halves=halves
+        )
         for source in _sources(layers)
     }
     for source, x in _inputs(sums, session, samples, progress):

@@ -99,7 +99,12 @@ class Budget:
 
 
 def select(
-    choices: Sequence[Choice], total: int, budget: Budget, search: Search = "optimal"
+    choices: Sequence[Choice],
+    total: int,
+    budget: Budget,
+    search: Search = "optimal",
+    *,
+    reserve: int = 0,
 ) -> dict[str, Candidate]:
     """The candidates that meet a budget with the least error.
 
@@ -109,6 +114,7 @@ def select(
         budget: What it may cost.
         search: greedy takes, step by step, what adds least error for what it saves; optimal solves
             the knapsack by dynamic programming, among choices that do not exclude one another.
+        reserve: What will be added to the model's cost whatever is chosen.
 
     Returns:
         Name -> candidate, of what is to change.
@@ -116,7 +122,7 @@ def select(
     Raises:
         OnnxqError: The budget cannot be met; says what can.
     """
-    needed = total - math.floor(budget.share * total)
+    needed = total + reserve - math.floor(budget.share * total) if budget.share < 1 else 0
     if needed <= 0:
         return {}
     options = [_Options.of(choice, budget) for choice in choices]
@@ -124,7 +130,7 @@ def select(
     if found is None:
         big = sorted((o for o in options if o.candidates), key=lambda o: -int(o.saved[-1]))
         most = sum(int(o.saved[-1]) for o in _apart(big))
-        least = math.ceil(1000 * (1 - most / max(total, 1))) / 1000
+        least = math.ceil(1000 * (1 + (reserve - most) / max(total, 1))) / 1000
         raise OnnxqError(
             f"{budget.of}: a share of {budget.share:g} cannot be met",
             fix=f"{least:.3f} can, with what may be compressed"

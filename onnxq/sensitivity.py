@@ -15,7 +15,14 @@ from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import rows_of, weight_of
 from onnxq.runtime import Session
-from onnxq.second_order import SecondOrder, collect, correct_bias, input_session, takes_bias
+from onnxq.second_order import (
+    SecondOrder,
+    collect,
+    correct_bias,
+    input_session,
+    takes_bias,
+    trusted_moment,
+)
 from onnxq.selection import Choice, Sensitivities
 from onnxq.splits import Split
 
@@ -49,13 +56,15 @@ def measure(
         options: What to call all that this depends on, see `Sensitivities`.
         rng: Draws the positions of patches.
         samples: Samples for the statistics, spread evenly; 0 uses all.
-        tried: Samples on which the effect of each layer's error is measured.
+        tried: How many of them, an eighth at most, are left out of the statistics: the effect of
+            each layer's error is measured on these.
         patches: Patches drawn per layer, about.
     """
     plain = Session(model.to_proto(), threads=ctx.threads)
-    feeds = [*ctx.spread(plain, tried)]
+    known_by, feeds = _apart([*ctx.spread(plain, samples)], tried)
     shapes = tensor_shapes(model, feeds[0])
     costs = {cost.name: cost for cost in layer_costs(model, shapes)}
+    varying = _varying(model, feeds, shapes)
     layers = {layer.name: layer for layer in model.layers()}
     ways: dict[str, list[Split]] = {}
     refused: dict[str, str] = {}
@@ -65,14 +74,14 @@ def measure(
             refused[node.name] = "its weight is computed"
             continue
         reasons = [split.why_not(layer) for split in splits]
-        if costs[node.name].macs is None:
+        if costs[node.name].macs is None or not varying.isdisjoint({layer.x.name, layer.y.name}):
             refused[node.name] = "its shapes depend on the data"
         elif all(reasons):
             refused[node.name] = "; ".join(dict.fromkeys(why for why in reasons if why))
         else:
             ways[node.name] = [s for s, why in zip(splits, reasons, strict=True) if why is None]
     wanted = [layers[name] for name in ways]
-    statistics = _statistics(model, wanted, ctx, rng, samples, patches) if wanted else {}
+    statistics = _statistics(model, wanted, known_by, ctx, rng, patches) if wanted else {}
     choices: list[Choice] = []
     outputs = [plain.run(feed) for feed in feeds]
     with ctx.progress.task("sensitivity of layers", len(ways)) as advance:
@@ -107,24 +116,43 @@ def measure(
     )
 
 
+def _varying(model: Model, feeds: Sequence[Feed], shapes: Shapes) -> set[str]:
+    """Tensors whose shapes are others for another sample of the same shape."""
+    first, last = feeds[0], feeds[-1]
+    if any(first[name].shape != last[name].shape for name in first):
+        return set()  # it would be no wonder
+    others = tensor_shapes(model, last)
+    return {name for name, shape in shapes.items() if others.get(name) != shape}
+
+
+def _apart(feeds: Sequence[Feed], count: int) -> tuple[list[Feed], list[Feed]]:
+    """Samples to learn from, and others to try what was learned on: fits look well on their own."""
+    if len(feeds) == 1:
+        return [*feeds], [*feeds]
+    count = max(1, min(count, len(feeds) // 8))
+    tried = {*np.linspace(0, len(feeds) - 1, count).astype(int).tolist()}
+    rest = [feed for index, feed in enumerate(feeds) if index not in tried]
+    return rest, [feeds[index] for index in sorted(tried)]
+
+
 def _statistics(
     model: Model,
     layers: Sequence[Layer],
+    feeds: Sequence[Feed],
     ctx: Context,
     rng: np.random.Generator,
-    samples: int,
     patches: int,
 ) -> dict[str, SecondOrder]:
     session = input_session(model, layers, ctx.threads)
-    given = ctx.spread(session, samples)
-    with ctx.progress.task("second-order statistics", given.length) as advance:
+    with ctx.progress.task("second-order statistics", len(feeds)) as advance:
         return collect(
             layers,
             session,
-            given,
-            expected=given.length or samples or 1,
+            feeds,
+            expected=len(feeds),
             rng=rng,
             patches=patches,
+            halves=True,
             progress=advance,
         )
 
@@ -141,8 +169,8 @@ def _trial(model: Model, layer: Layer, known: SecondOrder, split: Split, rank: i
     """The model with one layer of that rank, not yet written as two."""
     trial = model.clone()
     twin = next(other for other in trial.layers() if other.name == layer.name)
-    moment = (known.covariance if takes_bias(layer) else known.moment)[0]
-    rows = split.nearest(layer, rows_of(layer)[0].astype(np.float64), moment, rank)[None]
+    wide = rows_of(layer)[0].astype(np.float64)
+    rows = split.nearest(layer, wide, trusted_moment(layer, known)[0], rank)[None]
     if takes_bias(twin):
         correct_bias(twin, rows, known)
     twin.set_weight(weight_of(twin, rows).astype(np.float32))

@@ -12,7 +12,7 @@ from onnxq.graph import rewire
 from onnxq.kernels.lowrank import halved, low_rank, rank_errors, spatial, spatial_errors
 from onnxq.model import Layer, Model
 from onnxq.patches import rows_of, supports
-from onnxq.second_order import SecondOrder, takes_bias
+from onnxq.second_order import SecondOrder, trusted_moment
 from onnxq.selection import Candidate
 
 __all__ = ["Rows", "Spatial", "Split"]
@@ -77,7 +77,7 @@ class Split(ABC):
             macs: Multiply-accumulates of the layer.
             widening: Columns of its input for each column of its output.
         """
-        moment = (statistics.covariance if takes_bias(layer) else statistics.moment)[0]
+        moment = trusted_moment(layer, statistics)[0]
         ranks, weights = self.ranks(layer), self.weights(layer)
         bias = 0 if layer.bias is None else layer.bias.nbytes
         each = macs / layer.weight.size * self._macs_per_position(layer, widening)

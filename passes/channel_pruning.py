@@ -237,6 +237,7 @@ class ChannelPruning:
                     expected=samples.length or self.samples or 1,
                     rng=ctx.rng(self),
                     patches=self.patches,
+                    halves=True,
                     progress=advance,
                 )
             yield part, statistics
@@ -299,7 +300,7 @@ def _batches(groups: Sequence[Group], memory: int) -> Iterator[Sequence[Group]]:
     part: list[Group] = []
     taken: dict[str, int] = {}
     for group in groups:
-        needed = {s.layer.name: statistics_bytes(s.layer) for s in group.readers}
+        needed = {s.layer.name: statistics_bytes(s.layer, halves=True) for s in group.readers}
         if part and sum((taken | needed).values()) > memory:
             yield part
             part, taken = [], {}

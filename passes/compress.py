@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from onnxq.analysis import latency
 from onnxq.analysis.cost import layer_costs, tensor_shapes
@@ -17,13 +17,15 @@ from onnxq.passes.spatial_svd import SpatialSVD
 from onnxq.passes.weight_svd import WeightSVD
 from onnxq.placement import match_nodes
 from onnxq.runtime import Session
-from onnxq.selection import Budget, Candidate, Choice, Sensitivities, select
+from onnxq.second_order import takes_bias
+from onnxq.selection import Budget, Candidate, Choice, Search, Sensitivities, select
 from onnxq.sensitivity import measure
 
 __all__ = ["Compress"]
 
 # The passes that are chosen from, in the order in which they run.
 METHODS: dict[str, type[LowRank]] = {step.name: step for step in (SpatialSVD, WeightSVD)}
+BUDGETS, SEARCHES = ("macs", "bytes", "latency"), get_args(Search)
 # Shares of multiply-accumulates that lie no further apart are not told apart by time.
 _NEAR = 0.02
 
@@ -61,6 +63,7 @@ class Compress:
         exclude: Globs on names or operator types of layers that are left whole.
         sensitivities: A JSON file in which costs, errors and effects are kept, and taken from the
             next time; empty for none.
+        reconstruct: How weights are found, see spatial-svd: all, split or none.
         measured: Samples that the errors come from, spread evenly; 0 uses all.
         samples: Samples that weights are fitted to, spread evenly; 0 uses all.
         patches: Patches drawn per layer as weights are fitted, about.
@@ -75,18 +78,22 @@ class Compress:
     budget: Literal["macs", "bytes", "latency"] = "macs"
     share: float = 0.5
     methods: tuple[str, ...] = tuple(METHODS)
-    search: Literal["optimal", "greedy"] = "optimal"
+    search: Search = "optimal"
     multiple: int = 8
     least: int = 1
     exclude: tuple[str, ...] = ()
     sensitivities: str = ""
+    reconstruct: Literal["all", "split", "none"] = "all"
     measured: int = 64
     samples: int = 0
-    patches: int = 16384
+    patches: int = 32768
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
         Budget("macs", self.share)
+        for name, known in (("budget", BUDGETS), ("search", SEARCHES)):
+            if (given := getattr(self, name)) not in known:
+                raise RecipeError(f"{name}: wanted one of {', '.join(known)}, got {given!r}")
         for method in self.methods:
             if method not in METHODS:
                 hint = did_you_mean(method, METHODS, f"methods are {', '.join(METHODS)}")
@@ -95,7 +102,7 @@ class Compress:
             raise RecipeError("methods: wanted at least one", fix=", ".join(METHODS))
         if self.measured < 0:
             raise RecipeError(f"measured: wanted 0 or more, got {self.measured}")
-        self._steps({})  # they know what their options take
+        self._steps({}, self.reconstruct)  # they know what their options take
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Measure, choose, and run the passes."""
@@ -108,7 +115,7 @@ class Compress:
             changes.skip(name, why)
         choices = [c for c in table.choices if excluded.isdisjoint(c.covers)]
         chosen = self._choose(model, table, choices, ctx)
-        for step in self._steps(chosen):
+        for step in self._steps(chosen, self.reconstruct):
             changes.extend(step.apply(model, ctx))
             model.revision += 1
         ctx.report.facts["compression"] = self._facts(model, ctx, table, chosen)
@@ -139,12 +146,16 @@ class Compress:
         self, model: Model, table: Sensitivities, choices: list[Choice], ctx: Context
     ) -> dict[str, Candidate]:
         if not any(choice.candidates for choice in choices):
-            why = next(iter(table.refused.values()), "all layers are excluded")
+            why = "all layers that could be are excluded"
+            if not any(choice.candidates for choice in table.choices):
+                why = next(iter(table.refused.values()))
             raise OnnxqError("nothing in the model can be compressed", where=model.path, fix=why)
         if self.budget == "latency":
             return self._in_time(model, table, choices, ctx)
         budget = Budget(self.budget, self.share)
-        return select(choices, getattr(table, self.budget), budget, self.search)
+        if self.budget == "macs":
+            return select(choices, table.macs, budget, self.search)
+        return select(choices, table.bytes, budget, self.search, reserve=_new_biases(model))
 
     def _in_time(
         self, model: Model, table: Sensitivities, choices: list[Choice], ctx: Context
@@ -180,14 +191,14 @@ class Compress:
     ) -> float:
         """Time of the model with that shape, over its time as it is."""
         trial = model.clone()
-        for step in self._steps(chosen, reconstruct="none"):
+        for step in self._steps(chosen, "none"):
             step.apply(trial, Context())
         pair = [plain, Session(trial.to_proto(), threads=ctx.threads)]
         before, after = latency.alternate(pair, feed, seconds=1.0, least=20)
         return after / before
 
     def _steps(
-        self, chosen: Mapping[str, Candidate], reconstruct: Literal["all", "none"] = "all"
+        self, chosen: Mapping[str, Candidate], reconstruct: Literal["all", "split", "none"]
     ) -> list[LowRank]:
         """The passes that make what was chosen; all of them if nothing was."""
         steps = []
@@ -234,6 +245,15 @@ class Compress:
             ],
             "refused": dict(table.refused),
         }
+
+
+def _new_biases(model: Model) -> int:
+    """Bytes of the biases that layers get which have none."""
+    return sum(
+        layer.output_channels * layer.weight.itemsize
+        for layer in model.layers()
+        if takes_bias(layer) and layer.bias is None
+    )
 
 
 def _least_share(choices: list[Choice], total: int) -> float:

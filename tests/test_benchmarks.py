@@ -17,16 +17,17 @@ MODEL, CALIB = (ROOT / "examples" / "digits" / name for name in ("digits.onnx", 
 def scripts(monkeypatch, tmp_path):
     """The benchmarks as modules, found as they find one another; results go to tmp_path."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    names = ("_zoo", "adaround", "calibration", "latency")
+    names = ("_zoo", "adaround", "calibration", "compression", "latency")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import _zoo
     import adaround
     import calibration
+    import compression
     import latency
 
     monkeypatch.setattr(_zoo, "OUT", tmp_path)
-    modules = (_zoo, adaround, calibration, latency)
+    modules = (_zoo, adaround, calibration, compression, latency)
     yield {module.__name__: module for module in modules}
     for name in names:
         del sys.modules[name]
@@ -188,9 +189,31 @@ def test_what_the_search_missed_is_told(scripts):
     assert "in 1/45 of its time **missed**" in bad
 
 
+def test_compression(scripts, tmp_path, capsys):
+    options = ["--calib", str(CALIB), "--shares", "0.7", "0.01", "--seconds", "0.1"]
+    scripts["compression"].main([str(MODEL), *options])
+    found = json.loads((tmp_path / "compression.json").read_text())
+    assert [(r["method"], r["share"]) for r in found] == [
+        (method, share) for method in ("spatial-svd", "weight-svd", "auto") for share in (0.7, 0.01)
+    ]
+    for row in found[::2]:
+        assert 0.5 < row["macs"] <= 0.7
+        assert row["latency"] > 0
+    assert all("cannot be met" in row["note"] for row in found[1::2])
+    assert "cannot be met" in rows(capsys.readouterr().out)["digits"][3]
+
+
+def test_fitted_models_that_are_no_better_are_marked(scripts):
+    row = {"model": "m", "float": 9.0, "method": "auto", "share": 0.5, "macs": 0.5, "latency": 0.7}
+    good = scripts["compression"].table([{**row, "plain": 1.0, "fitted": 8.0}])
+    assert rows(good)["m"] == ["9.00", "auto", "0.500", "1.00", "8.00", "0.70"]
+    bad = scripts["compression"].table([{**row, "plain": 8.0, "fitted": 8.0}])
+    assert rows(bad)["m"][4] == "8.00 **missed**"
+
+
 def test_without_the_zoo_a_benchmark_says_so_and_make_goes_on(scripts, monkeypatch, capsys):
     monkeypatch.delenv("ONNXQ_ZOO", raising=False)
-    for name in ("adaround", "calibration", "latency"):
+    for name in ("adaround", "calibration", "compression", "latency"):
         with pytest.raises(SystemExit) as left:
             scripts[name].main([])
         assert left.value.code == scripts["_zoo"].SKIPPED
