@@ -126,23 +126,12 @@ class ChannelPruning:
         if not cuts:
             return changes
         costs = Costs.of(model)
-        dead = [dead_classes(found, g) for g in cuts]
-        keep = np.ones(found.count, bool)
-        alive = []  # groups of which more goes than is dead
-        for group, unread in zip(cuts, dead, strict=True):
-            gone = group.classes.size - counts[group]
-            keep[group.classes[np.flatnonzero(unread)[:gone]]] = False
-            if gone > unread.sum():
-                alive.append(group)
-        for group, order in self._orders(model, alive, counts, ctx, changes):
-            rest = order[keep[group.classes[order]]]
-            keep[group.classes[rest[: int(keep[group.classes].sum()) - counts[group]]]] = False
-        if self.reconstruct and alive:
+        keep, lost = self._choose(model, found, cuts, counts, ctx, changes)
+        if self.reconstruct and lost:
             self._fit(model, found, keep, ctx, changes)
         cut(model, found, keep)
-        for group, count in counts.items():
-            if count < group.classes.size:
-                changes.add(f"{group.name}: {count} of {group.classes.size} channels kept")
+        for group in cuts:
+            changes.add(f"{group.name}: {counts[group]} of {group.classes.size} channels kept")
         stay = np.concatenate([keep[side.classes] for side in found.outputs.values()])
         changes.add(
             f"channels in all: {stay.sum()} of {stay.size} kept, multiply-accumulates"
@@ -197,6 +186,28 @@ class ChannelPruning:
         return ratios
 
     # -------------------------------------------------------------- which channels
+
+    def _choose(
+        self,
+        model: Model,
+        found: Dependencies,
+        groups: Sequence[Group],
+        counts: Mapping[Group, int],
+        ctx: Context,
+        changes: Changes,
+    ) -> tuple[np.ndarray, bool]:
+        """Whether each class stays, bool [classes], and whether any goes that is not dead."""
+        keep = np.ones(found.count, bool)
+        missed = []
+        for group in groups:
+            dead = group.classes[dead_classes(found, group)]
+            keep[dead[: group.classes.size - counts[group]]] = False
+            if keep[group.classes].sum() > counts[group]:
+                missed.append(group)
+        for group, order in self._orders(model, missed, counts, ctx, changes):
+            left = group.classes[order][keep[group.classes[order]]]
+            keep[left[: int(keep[group.classes].sum()) - counts[group]]] = False
+        return keep, bool(missed)
 
     def _orders(
         self,
