@@ -72,8 +72,8 @@ class ChannelWalk(ABC):
             standard = is_standard(node) and not has_subgraph(node)
             if layer is not None and standard:
                 self._layer(layer)
-            elif standard and node.op in ops.SHAPES:
-                continue
+            elif standard and node.op in ops.SHAPES and node.op not in self.rules:
+                continue  # how many channels there are means nothing
             elif not (standard and node.op in self.rules and self._follows(node)):
                 for tensor in node.inputs:
                     self.end(tensor, f"{node.name} ({node.op}) reads it")
@@ -325,6 +325,8 @@ class ChannelWalk(ABC):
 
     def _depth_to_space(self, node: gs.Node) -> bool:
         flow = self.flows[id(node.inputs[0])]
+        if flow.axis != 1:
+            return False
         block = int(node.attrs["blocksize"]) ** 2
         by_column = node.attrs.get("mode", "DCR") == "CRD"
         ids = flow.ids.reshape((-1, block) if by_column else (block, -1))

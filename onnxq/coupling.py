@@ -8,29 +8,16 @@ layers that read it, without changing the function of the model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnxq.channels import ChannelWalk, broadcasts
+from onnxq.channels import broadcasts
+from onnxq.classes import ClassWalk, Side
 from onnxq.model import Layer, Model
 
 __all__ = ["Ceiling", "Constant", "Coupling", "Side", "couple"]
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """The output or input channels of one layer.
-
-    Args:
-        layer: The layer.
-        classes: Class of each of its channels, int64 [channels].
-    """
-
-    layer: Layer
-    classes: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +113,11 @@ _PLAIN = frozenset(
 )
 
 
-class _Coupler(ChannelWalk):
+class _Coupler(ClassWalk):
     """Gives channels that are scaled together one class."""
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        self.parent: list[int] = []
-        self.why: dict[int, str] = {}
         self.found = Coupling()
         self.rules |= {
             "Clip": self._clip,
@@ -143,12 +128,8 @@ class _Coupler(ChannelWalk):
 
     def run(self) -> Coupling:
         self.walk()
-        roots = np.array([self._root(i) for i in range(len(self.parent))], np.int64)
-        kept, number = np.unique(roots, return_inverse=True)
         found = self.found
-        found.count = kept.size
-        for i, why in sorted(self.why.items()):
-            found.fixed.setdefault(int(number[i]), why)
+        number, found.count, found.fixed = self.numbered()
         names = {id(t): t.name for t in self.model.tensors().values()}
         found.tensors = {names[t]: number[f.ids] for t, f in self.flows.items() if t in names}
         found.outputs = [Side(s.layer, number[s.classes]) for s in found.outputs]
@@ -160,34 +141,6 @@ class _Coupler(ChannelWalk):
             Ceiling(c.node, c.bound, number[c.classes], c.rank) for c in found.ceilings
         ]
         return found
-
-    # -------------------------------------------------------------- classes
-
-    def new(self, count: int) -> np.ndarray:
-        first = len(self.parent)
-        self.parent += range(first, first + count)
-        return np.arange(first, first + count)
-
-    def zeros(self, count: int) -> np.ndarray:
-        return self.new(count)  # zeros scale freely
-
-    def foreign(self, count: int, why: str) -> np.ndarray:
-        ids = self.new(count)
-        self.why.update(dict.fromkeys(ids.tolist(), why))
-        return ids
-
-    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        for part in parts[1:]:
-            for i, j in zip(part.tolist(), parts[0].tolist(), strict=True):
-                first, second = sorted((self._root(i), self._root(j)))
-                self.parent[second] = first
-        return parts[0]
-
-    def end(self, tensor: gs.Tensor, why: str) -> None:
-        flow = self.flows.get(id(tensor))
-        if flow is not None:
-            for i in flow.ids.tolist():
-                self.why.setdefault(i, why)
 
     def layer(
         self, layer: Layer, inputs: np.ndarray | None, outputs: np.ndarray | None, why: str
@@ -201,12 +154,6 @@ class _Coupler(ChannelWalk):
             self.end(layer.y, why)
         else:
             self.found.outputs.append(Side(layer, outputs))
-
-    def _root(self, i: int) -> int:
-        while self.parent[i] != i:
-            self.parent[i] = self.parent[self.parent[i]]
-            i = self.parent[i]
-        return i
 
     # -------------------------------------------------------------- what lets a scale through
 

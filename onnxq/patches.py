@@ -16,7 +16,7 @@ from onnxq.kernels.patches import add_patch_sums, gather_patches
 from onnxq.model import Layer
 from onnxq.ops import Window, conv_transpose_window, conv_window
 
-__all__ = ["PatchSource", "rows_of", "supports", "weight_of"]
+__all__ = ["PatchSource", "columns_of", "rows_of", "supports", "weight_of"]
 
 _Three = tuple[int, int, int]
 _Geometry = tuple[_Three, _Three, _Three, _Three, _Three]
@@ -52,6 +52,12 @@ def weight_of(layer: Layer, rows: np.ndarray) -> np.ndarray:
         grouped = rows.reshape(layer.group, shape[1], -1, *shape[2:]).swapaxes(1, 2)
         return np.flip(grouped, tuple(range(3, grouped.ndim))).reshape(shape)
     return np.ascontiguousarray(rows[0].T)
+
+
+def columns_of(layer: Layer, channels: np.ndarray) -> np.ndarray:
+    """One value per input channel, [I], for each column of the patches that holds it, [G, K]."""
+    each = channels.reshape(layer.group, -1)
+    return np.repeat(each, rows_of(layer).shape[-1] // each.shape[1], axis=1)
 
 
 def supports(layer: Layer) -> bool:

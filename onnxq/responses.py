@@ -12,7 +12,7 @@ from onnxq.graph import consumers, producer
 from onnxq.kernels.lowrank import refit
 from onnxq.layer_inputs import LayerInputs, statistics_bytes
 from onnxq.model import Layer
-from onnxq.patches import PatchSource, rows_of, weight_of
+from onnxq.patches import PatchSource, columns_of, rows_of, weight_of
 from onnxq.second_order import (
     Accumulator,
     SecondOrder,
@@ -45,18 +45,27 @@ class Response:
         """H of the patches x', as far as the samples can be trusted, [G, K, K]."""
         return trusted_moment(self.layer, self.statistics)
 
-    def solution(self) -> np.ndarray:
+    def solution(self, kept: np.ndarray | None = None) -> np.ndarray:
         """The rows that come nearest to what is wanted, float64 [G, O/G, K].
 
         They are drawn towards those of the float model, as much as serves the one half of the
         samples best where they come from the other.
+
+        Args:
+            kept: Which input channels are read, bool [I]; columns of the others are zero.  None for
+                all.
         """
         rows = _alpha(self.layer) * rows_of(self.layer).astype(np.float64)
         halves = [self._moments(half) for half in self.statistics.halves or ()]
+        read = np.ones(self.layer.input_channels, bool) if kept is None else kept
+        columns = columns_of(self.layer, read)
 
         def fit(moments: tuple[np.ndarray, np.ndarray], ridge: float) -> np.ndarray:
-            parts = zip(rows, *moments, strict=True)
-            return np.array([refit(w, h, c, ridge) for w, h, c in parts])
+            found = np.zeros_like(rows)
+            for g, (h, c) in enumerate(zip(*moments, strict=True)):
+                s = columns[g]
+                found[g][:, s] = refit(rows[g][:, s], h[np.ix_(s, s)], c[:, s], ridge)
+            return found
 
         def misfit(ridge: float) -> float:
             total = 0.0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from onnxq.passes.adaround import AdaRound
     from onnxq.passes.bias_correction import BiasCorrection
     from onnxq.passes.calibrate import Calibrate
+    from onnxq.passes.channel_pruning import ChannelPruning
     from onnxq.passes.clean import Clean
     from onnxq.passes.compress import Compress
     from onnxq.passes.cross_layer_equalization import CrossLayerEqualization
@@ -35,6 +36,7 @@ __all__ = [
     "AdaRound",
     "BiasCorrection",
     "Calibrate",
+    "ChannelPruning",
     "Clean",
     "Compress",
     "CrossLayerEqualization",
@@ -58,6 +60,7 @@ PASSES = {
     "space-to-depth": "onnxq.passes.space_to_depth:SpaceToDepth",
     "fold-batch-norm": "onnxq.passes.fold_batch_norm:FoldBatchNorm",
     "fold-dead-channels": "onnxq.passes.fold_dead_channels:FoldDeadChannels",
+    "channel-pruning": "onnxq.passes.channel_pruning:ChannelPruning",
     "cross-layer-equalization": "onnxq.passes.cross_layer_equalization:CrossLayerEqualization",
     "noise-equalization": "onnxq.passes.noise_equalization:NoiseEqualization",
     "high-bias-absorption": "onnxq.passes.high_bias_absorption:HighBiasAbsorption",
