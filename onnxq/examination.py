@@ -101,7 +101,7 @@ def doctor(
         copy = model.clone()
         mends = mend(copy) if kind == "Q/DQ" else []
         if mends:
-            mended = _write(copy, Path(fix), session, feeds, macs)
+            mended = _write(copy, mends, Path(fix), session, feeds, macs)
         else:
             notes.append(f"there is nothing that is safe to mend: {fix} is not written")
     return Diagnosis(
@@ -261,14 +261,27 @@ def _agreement(
 
 def _write(
     copy: Model,
+    mends: Sequence[Mend],
     path: Path,
     reference: Session,
     feeds: Sequence[Mapping[str, np.ndarray]],
     macs: Mapping[str, int | None],
 ) -> Mended:
-    """Write a mended copy, once it computes what the model does."""
+    """Write a mended copy, once it computes what the model does.
+
+    Raises:
+        ModelError: It does not, though every mend was to keep every bit.
+    """
     other = Session(copy.to_proto(), threads=reference.threads, level="disabled")
-    outputs = error.compare(reference, other, feeds)
+    outputs = error.compare(reference, other, feeds) if feeds else []
+    if all(m.keeps == "every bit" for m in mends):
+        for output in outputs:
+            if output.max_abs_error or output.equal not in (None, 1):
+                raise ModelError(
+                    f"output {output.name} of the mended copy is not the same",
+                    where=path,
+                    fix="leave out --fix, and report this model",
+                )
     notes: list[str] = []
     copy.infer()
     views = [

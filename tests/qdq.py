@@ -45,8 +45,8 @@ CONSTANTS = {
     "bz": np.zeros(4, np.int32),
     "b": np.array([300, -200, 0, 500], np.int32),
     "fb": np.array([0.3, -0.2, 0.0, 0.5], np.float32),
-    "w": integers(4, 3, 3, 3),
-    "g": integers(8, 4),
+    "w": integers(4, 3, 3, 3) // 10,  # so that results lie in the range of ys
+    "g": integers(8, 4) // 10,
     "fw": RNG.normal(size=(4, 3, 3, 3)).astype(np.float32),
     "fg": RNG.normal(size=(8, 4)).astype(np.float32),
 }

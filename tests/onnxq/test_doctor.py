@@ -9,8 +9,9 @@ from click.testing import CliRunner
 
 import onnxq
 from onnxq.cli import main
+from onnxq.errors import ModelError
 from onnxq.examination import doctor
-from onnxq.mending import mend
+from onnxq.mending import Mend, mend
 from onnxq.model import load
 from tests import checks
 from tests.models import feeds, parse
@@ -340,12 +341,17 @@ def test_models_that_fail_once_optimized_are_seen():
     assert next(f.severity for f in result.faults) == "error"
 
 
-def test_models_that_no_sample_can_be_made_up_for():
+def test_models_that_no_sample_can_be_made_up_for(tmp_path):
     proto = build("t = Gather(xd, k) [n] r = Sigmoid(t)", "float[N,C,H,W] x, int32[K] k")
     result = doctor(load(proto))
     assert (result.samples, result.agreement) == (0, [])
     assert "numbers are not compared, give samples (--data)" in result.notes[0]
     assert len(result.views[0].nodes) == 2
+    dead = build("[d] v = QuantizeLinear(xd, zs, zz) " + "t = Gather(xd, k) [n] r = Sigmoid(t)",
+                 "float[N,C,H,W] x, int32[K] k")  # fmt: skip
+    mended = doctor(load(dead), fix=tmp_path / "out.onnx").mended
+    assert mended.outputs == []
+    assert (tmp_path / "out.onnx").exists()
 
 
 def test_samples_are_made_up_where_none_are_given():
@@ -486,6 +492,18 @@ def test_bias_that_would_overflow_is_left():
     big = np.array([0, 2**31 - 1, 0, 0], np.int32)
     model = load(build(CONV, bs=scale(0.002, 4), b=big))
     assert mend(model) == []
+
+
+def test_a_mend_that_changes_numbers_is_not_written(tmp_path, monkeypatch):
+    def wrong(model):
+        scale_ = next(n for n in model.graph.nodes if n.op == "QuantizeLinear").inputs[1]
+        scale_.values = np.array(2 * scale_.values, np.float32)
+        return [Mend("dead", "n", "something", "every bit")]
+
+    monkeypatch.setattr("onnxq.examination.mend", wrong)
+    with pytest.raises(ModelError, match="output y of the mended copy is not the same"):
+        diagnose(build(CONV), fix=tmp_path / "out.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_input_is_never_touched(tmp_path):
