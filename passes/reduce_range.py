@@ -20,7 +20,7 @@ __all__ = ["ReduceRange"]
 
 # By how many steps rounding may still move a weight.
 SLACK = 1
-# Rounding by output error leaves about so much of the error of rounding to nearest.
+# What rounding by output error leaves of the error of rounding to nearest: a quarter to a half.
 LEAST = 0.25
 
 

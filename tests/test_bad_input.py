@@ -533,7 +533,35 @@ OPTIONS = {
     ),
     "activations without kernels": (
         digits("--activations", "int16"),
-        ["not int16", "use --activations uint8"],
+        ["not int16", "use --activations int8"],
+    ),
+    "activations that a target does not take": (
+        digits("--target", "nnapi", "--activations", "int8"),
+        ["nnapi computes in uint8, not int8", "use --activations uint8"],
+    ),
+    "weights that a target does not take": (
+        digits("--target", "xnnpack", "--activations", "uint8", "--weights", "int8/channel"),
+        ["xnnpack has no integer kernels for int8/channel weights", "use --weights uint8"],
+    ),
+    "scales that a target does not take": (
+        digits("--target", "qnn", "--weights", "uint8/channel"),
+        ["qnn has one scale per tensor of uint8 weights", "uint8/tensor or", "int8/channel"],
+    ),
+    "format of a layer that a target does not take": (
+        digits("--target", "tensorrt", "--format", "first=uint8/tensor"),
+        ["tensorrt has no integer kernels for uint8 weights", "use --format first=int8"],
+    ),
+    "recipe for a target that does not take its formats": (
+        digits(
+            "--recipe",
+            "{}/r.toml",
+            r_toml='target = "tensorrt"\n[[pass]]\nname = "calibrate"\nactivations = "uint8"\n',
+        ),
+        ["tensorrt computes in int8, not uint8", "use --activations int8"],
+    ),
+    "near miss of another target": (
+        digits("--target", "tensor-rt"),
+        ["no target 'tensor-rt'", "did you mean tensorrt?"],
     ),
     "target": (digits("--target", "ort-cup"), ["no target 'ort-cup'", "did you mean ort-cpu?"]),
     "recipe": (digits("--recipe", "defalt"), ["no recipe 'defalt'", "did you mean default?"]),
