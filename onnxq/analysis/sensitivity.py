@@ -24,12 +24,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import onnx
+from onnx import helper
 
 from onnxq.analysis.adjoint import Adjoint, Gradient
 from onnxq.analysis.error import LARGEST_SQNR_DB
 from onnxq.encoding import Encoding
 from onnxq.layer import Layer
 from onnxq.patches import PatchSource, rows_of
+from onnxq.runtime import Session
 from onnxq.second_order import SecondOrder, takes_bias
 
 __all__ = [
@@ -202,9 +205,11 @@ def expected_effects(
         name: {key: [] for key in (*p.errors, *p.roundings)} for name, p in wanted.items()
     }
 
+    matmul = _matmul()
+
     def one(index: int) -> dict[str, dict[Hashable, tuple[float, float]]]:
         runs = adjoint.run(samples[index], directions[index])
-        return {name: _products(wanted[name], g) for name, g in runs if name in wanted}
+        return {name: _products(wanted[name], g, matmul) for name, g in runs if name in wanted}
 
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(one, range(len(samples))):
@@ -218,10 +223,12 @@ def expected_effects(
     }
 
 
-def _products(probe: Probe, gradient: Gradient) -> dict[Hashable, tuple[float, float]]:
+def _products(
+    probe: Probe, gradient: Gradient, matmul: Session
+) -> dict[Hashable, tuple[float, float]]:
     """Sum of squares, and square of the sum, of what the parts of each error do to the outputs."""
     found: dict[Hashable, tuple[float, float]] = {}
-    pull = weight_gradient(probe, gradient)
+    pull = weight_gradient(probe, gradient, matmul)
     for key, error in probe.errors.items():
         products = np.einsum("grk,grk->gr", error, pull)
         found[key] = float(np.square(products).sum()), float(products.sum()) ** 2
@@ -246,8 +253,14 @@ def _believed(pairs: np.ndarray) -> float:
     return float(alone.mean()) + max(0.0, 1 - scatter / mean**2) * mean
 
 
-def weight_gradient(probe: Probe, gradient: Gradient) -> np.ndarray:
-    """Gradient with respect to the weight as rows, [G, R, K]; of a bias that is corrected, too."""
+def weight_gradient(probe: Probe, gradient: Gradient, matmul: Session) -> np.ndarray:
+    """Gradient with respect to the weight as rows, [G, R, K]; of a bias that is corrected, too.
+
+    Args:
+        probe: The layer.
+        gradient: On one sample.
+        matmul: Multiplies its inputs `a` and `b` to `y`.
+    """
     layer, g = probe.layer, gradient.output
     source = PatchSource.of(layer)
     if source.op != "rows":
@@ -258,12 +271,25 @@ def weight_gradient(probe: Probe, gradient: Gradient) -> np.ndarray:
     step = max(1, _CHUNK // (4 * source.groups * source.columns))
     for start in range(0, len(g), step):
         picked = np.arange(start, min(start + step, len(g)))
-        patches = source.draw(x, picked).transpose(1, 0, 2)
-        total += np.matmul(g[picked].transpose(1, 2, 0), patches)
+        patches = np.ascontiguousarray(source.draw(x, picked).transpose(1, 0, 2))
+        part = np.ascontiguousarray(g[start : start + step].transpose(1, 2, 0))
+        total += matmul.run_shared({"a": part, "b": patches})["y"]
     if takes_bias(layer):
         mean = probe.mean.astype(np.float32)
         total -= g.sum(axis=0)[:, :, None] * mean[:, None, :]
     return np.asarray(np.float32(_alpha(layer)) * total)
+
+
+def _matmul() -> Session:
+    """A product of matrices on one thread: those of BLAS would get into one another's way."""
+    node = helper.make_node("MatMul", ["a", "b"], ["y"])
+    tensors = [
+        helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None, None, None])
+        for name in ("a", "b", "y")
+    ]
+    graph = helper.make_graph([node], "product", tensors[:2], tensors[2:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    return Session(model, threads=1)
 
 
 # ---------------------------------------------------------------------- how alike
