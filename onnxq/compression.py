@@ -10,10 +10,12 @@ from onnxq import api, recipe
 from onnxq.errors import RecipeError, did_you_mean
 from onnxq.model import Model
 from onnxq.pass_manager import Pass
+from onnxq.passes.channel_pruning import ChannelPruning
 from onnxq.passes.compress import METHODS, Compress
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
 from onnxq.report import Report
+from onnxq.selection import Search
 
 __all__ = ["compress"]
 
@@ -27,7 +29,7 @@ def compress(
     bytes: float | None = None,
     latency: float | None = None,
     method: str = "auto",
-    search: str = "optimal",
+    search: Search = "optimal",
     multiple: int = 8,
     least: int = 1,
     exclude: Sequence[str] = (),
@@ -50,7 +52,8 @@ def compress(
         macs: Share of the multiply-accumulates that may be left, in (0, 1].
         bytes: In its place the share of the bytes of the float weights.
         latency: In its place the share of the time that onnxruntime takes here, measured.
-        method: spatial-svd, weight-svd, or auto for what is best layer by layer.
+        method: spatial-svd, weight-svd, or auto for the best of these layer by layer; or
+            channel-pruning.
         search: How layers are chosen: optimal or greedy.
         multiple: Ranks are multiples of this.
         least: Least rank.
@@ -78,24 +81,29 @@ def compress(
         raise RecipeError(
             f"wanted one budget, got {' and '.join(given) or 'none'}", fix="give macs, for example"
         )
-    if method != "auto" and method not in METHODS:
-        known = ["auto", *METHODS]
+    known = ["auto", *METHODS, ChannelPruning.name]
+    if method not in known:
         hint = did_you_mean(method, known, f"methods are {', '.join(known)}")
         raise RecipeError(f"no method {method!r}", fix=hint)
     of, share = given.popitem()
-    options: dict[str, Any] = {
-        "budget": of,
-        "share": share,
-        "methods": tuple(METHODS) if method == "auto" else (method,),
-        "search": search,
-        "multiple": multiple,
-        "least": least,
-        "exclude": tuple(exclude),
-        "sensitivities": "" if sensitivities is None else os.fspath(sensitivities),
-    }
+    shared: dict[str, Any] = {"budget": of, "share": share, "multiple": multiple, "least": least}
+    shared["exclude"] = tuple(exclude)
+    if method == ChannelPruning.name:
+        if of == "latency":
+            raise RecipeError("channel-pruning takes no budget of time", fix="give macs or bytes")
+        if sensitivities is not None:
+            raise RecipeError("channel-pruning keeps no sensitivities", fix="leave the file out")
+        step: Pass = ChannelPruning(**shared)
+    else:
+        step = Compress(
+            methods=tuple(METHODS) if method == "auto" else (method,),
+            search=search,
+            sensitivities="" if sensitivities is None else os.fspath(sensitivities),
+            **shared,
+        )
     api.check_outputs([sensitivities], models=[source], others=[calib])
     return api.run(
-        _recipe(Compress(**options), quantize=then_quantize),
+        _recipe(step, quantize=then_quantize),
         source,
         destination,
         calib,
@@ -109,7 +117,7 @@ def compress(
     )
 
 
-def _recipe(step: Compress, *, quantize: bool) -> Recipe:
+def _recipe(step: Pass, *, quantize: bool) -> Recipe:
     """The default recipe with a pass in front of those that see to integers, or without these."""
     steps = recipe.load("default").passes
     first = next(i for i, s in enumerate(steps) if s.name == "gate-equalization")

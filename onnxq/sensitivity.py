@@ -26,7 +26,7 @@ from onnxq.second_order import (
 from onnxq.selection import Choice, Sensitivities
 from onnxq.splits import Split
 
-__all__ = ["measure"]
+__all__ = ["measure", "output_error"]
 
 Feed = Mapping[str, np.ndarray]
 
@@ -94,7 +94,7 @@ def measure(
             each = [(s, c) for s in possible for c in s.candidates(layer, known, macs, widening)]
             split, tried_on = min(each, key=lambda pair: abs(pair[1].macs - _TRIED * macs))
             trial = _trial(model, layer, known, split, tried_on.rank_or_channels)
-            effect = _error(Session(trial.to_proto(), threads=ctx.threads), feeds, outputs)
+            effect = output_error(Session(trial.to_proto(), threads=ctx.threads), feeds, outputs)
             choices.append(
                 Choice(
                     name=name,
@@ -177,7 +177,7 @@ def _trial(model: Model, layer: Layer, known: SecondOrder, split: Split, rank: i
     return trial
 
 
-def _error(session: Session, feeds: Sequence[Feed], outputs: Sequence[Feed]) -> float:
+def output_error(session: Session, feeds: Sequence[Feed], outputs: Sequence[Feed]) -> float:
     """Squared error of the outputs relative to their power, the mean over those that are floats."""
     noise: dict[str, float] = {}
     power: dict[str, float] = {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
+from onnxq.analysis.cost import tensor_shapes
 from onnxq.cut import cut
 from onnxq.dependency import Dependencies, Group, find_groups, is_depthwise
 from onnxq.errors import RecipeError, did_you_mean
@@ -24,14 +25,20 @@ from onnxq.pruning import (
     dead_classes,
     order_by_error,
     order_by_magnitude,
+    trial,
+    within_budget,
 )
 from onnxq.report import millions
 from onnxq.responses import Responses
+from onnxq.runtime import Session
 from onnxq.second_order import SecondOrder, collect, input_session
+from onnxq.sensitivity import output_error
 
 __all__ = ["ChannelPruning"]
 
 _MB = 1 << 20
+# Samples on which the effect of a group's error is measured.
+TRIED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +72,13 @@ class ChannelPruning:
     which mixes channels or of which nothing is known, shared or computed weights. In grouped
     convolutions as many channels of each group stay.
 
+    Given a budget, the numbers of channels follow from it: step by step the cut that adds least to
+    the error of the outputs for what it saves. What the error of a group's readers does to the
+    outputs is measured once for each group.
+
     Args:
+        budget: macs or bytes: what the model is to have less of; empty: ratios say what is cut.
+        share: How much of it may be left, in (0, 1].
         ratio: Share of channels kept, in (0, 1].
         ratios: Other shares for some: pairs of a name and a share. The name is that of a group,
             which is the name of the first layer that puts its channels out; or it is a name or
@@ -89,6 +102,8 @@ class ChannelPruning:
 
     name: ClassVar[str] = "channel-pruning"
 
+    budget: Literal["", "macs", "bytes"] = ""
+    share: float = 0.5
     ratio: float = 0.75
     ratios: tuple[tuple[str, float], ...] = ()
     multiple: int = 8
@@ -101,7 +116,11 @@ class ChannelPruning:
     memory_mb: int = 1024
 
     def __post_init__(self) -> None:
-        for name, ratio in (("ratio", self.ratio), *self.ratios):
+        if self.budget not in ("", "macs", "bytes"):
+            raise RecipeError(f"budget: wanted macs or bytes, got {self.budget!r}")
+        if self.budget and self.ratios:
+            raise RecipeError("a budget and ratios are given", fix="leave out the one or the other")
+        for name, ratio in (("share", self.share), ("ratio", self.ratio), *self.ratios):
             if not 0 < ratio <= 1:
                 raise RecipeError(f"{name}: wanted a share in (0, 1], got {ratio:g}")
         for name in ("multiple", "least", "patches", "memory_mb"):
@@ -121,11 +140,16 @@ class ChannelPruning:
         found = find_groups(model)
         for name, why in found.refused.items():
             changes.skip(name, f"keeps its channels: {why}")
-        counts = self._counts(model, found, changes)
+        losses: dict[Group, dict[int, float]] = {}
+        if self.budget:
+            losses = self._losses(model, found, ctx, changes)
+            counts = within_budget(losses, self._costs(model, ctx), self.budget, self.share)
+        else:
+            counts = self._counts(model, found, changes)
         cuts = [g for g, count in counts.items() if count < g.classes.size]
         if not cuts:
             return changes
-        costs = Costs.of(model)
+        costs = self._costs(model, ctx)
         keep, lost = self._choose(model, found, cuts, counts, ctx, changes)
         if self.reconstruct and lost:
             self._fit(model, found, keep, ctx, changes)
@@ -137,6 +161,8 @@ class ChannelPruning:
             f"channels in all: {stay.sum()} of {stay.size} kept, multiply-accumulates"
             f" {millions(costs.macs)} -> {millions(costs.after(counts)[0])}"
         )
+        if self.budget:
+            ctx.report.facts["compression"] = self._facts(costs, losses, counts, found)
         return changes
 
     def _counts(self, model: Model, found: Dependencies, changes: Changes) -> dict[Group, int]:
@@ -157,6 +183,83 @@ class ChannelPruning:
             if counts[group] == size and ratio < 1:
                 changes.skip(group.name, f"keeps its {size} channels: {self._why_all(size)}")
         return counts
+
+    # -------------------------------------------------------------- how many, to a budget
+
+    def _costs(self, model: Model, ctx: Context) -> Costs:
+        feed = next(iter(ctx.samples(model))) if self.budget else {}
+        return Costs.of(model, tensor_shapes(model, feed))
+
+    def _losses(
+        self, model: Model, found: Dependencies, ctx: Context, changes: Changes
+    ) -> dict[Group, dict[int, float]]:
+        """Group -> channels that it may keep -> what that adds to the error of the outputs."""
+        spared = match_nodes(model, self.exclude) if self.exclude else set()
+        groups = []
+        for group in found.groups:
+            if named := sorted(spared.intersection(group.members)):
+                changes.skip(group.name, f"keeps its channels: {named[0]} is excluded")
+            elif group.readers:
+                groups.append(group)
+        plain = Session(model.to_proto(), threads=ctx.threads)
+        feeds = [*ctx.spread(plain, TRIED)]
+        outputs = [plain.run(feed) for feed in feeds]
+        losses: dict[Group, dict[int, float]] = {}
+        for part, statistics in self._measured(model, groups, ctx):
+            with ctx.progress.task("effect of channels", len(part)) as advance:
+                for group in part:
+                    advance(1)
+                    if any(s.layer.name not in statistics for s in group.readers):
+                        changes.skip(group.name, "keeps its channels: no sample reached it")
+                        continue
+                    size = group.classes.size
+                    _, errors = order_by_error(group, statistics)
+                    counts = {
+                        channels_at(size, k / 32, self.multiple, self.least) for k in range(1, 32)
+                    }
+                    known = {n: float(errors[size - n - 1]) for n in counts if n < size}
+                    if not known:
+                        continue
+                    tried = min(known, key=lambda n: abs(n - size / 2))
+                    copy = trial(model, group, statistics, tried)
+                    session = Session(copy.to_proto(), threads=ctx.threads)
+                    effect = output_error(session, feeds, outputs)
+                    weight = effect / known[tried] if known[tried] > 1e-9 else 1.0
+                    losses[group] = {n: weight * error for n, error in known.items()}
+        return losses
+
+    def _facts(
+        self,
+        costs: Costs,
+        losses: Mapping[Group, Mapping[int, float]],
+        counts: Mapping[Group, int],
+        found: Dependencies,
+    ) -> dict[str, Any]:
+        """What came of a budget, as plain JSON types."""
+        cuts = {g: n for g, n in counts.items() if n < g.classes.size}
+        layers = []
+        for group, count in cuts.items():
+            one = costs.after({group: count})
+            layers.append(
+                {
+                    "name": group.name,
+                    "method": self.name,
+                    "ratio": count / group.classes.size,
+                    "rank_or_channels": count,
+                    "error": losses[group][count],
+                    "effect": 1.0,
+                    "macs": {"before": costs.macs, "after": one[0]},
+                    "bytes": {"before": costs.nbytes, "after": one[1]},
+                }
+            )
+        macs, nbytes = costs.after(counts)
+        return {
+            "budget": {"of": self.budget, "share": self.share},
+            "macs": {"before": costs.macs, "after": macs},
+            "bytes": {"before": costs.nbytes, "after": nbytes},
+            "layers": layers,
+            "refused": dict(found.refused),
+        }
 
     def _up(self, channels: int) -> int:
         """The next multiple."""

@@ -58,7 +58,8 @@ __all__ = ["compress"]
     default="auto",
     show_default=True,
     help="spatial-svd (convolutions of kh x kw as two of kh x 1 and 1 x kw), weight-svd (any layer"
-    " as two of lower rank), or auto: what is best, layer by layer.",
+    " as two of lower rank), auto: the better of these, layer by layer; or channel-pruning"
+    " (channels cut off, with what hangs on them; takes --macs or --bytes).",
 )
 @click.option(
     "--search",
