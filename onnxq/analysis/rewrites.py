@@ -60,6 +60,7 @@ class Rewritten(QdqGraph):
         self.filled: set[tuple[str, int]] = set()
         self.unloadable: list[str] = []
         self._drop_identities()
+        self._merge_equal()
         self._merge_quantizes()
         self._merge_pairs()
         self._transpose_weights()
@@ -85,6 +86,28 @@ class Rewritten(QdqGraph):
         for node in [*self.model.graph.nodes]:
             if is_standard(node) and _does_nothing(node) and self.model.can_bypass(node):
                 self._drop(node)
+
+    def _merge_equal(self) -> None:
+        """One node for all that do the same to the same tensors."""
+        known: dict[tuple[object, ...], gs.Node] = {}
+        for node in [*self.model.graph.nodes]:
+            own = any(isinstance(value, gs.Tensor) for value in node.attrs.values())
+            if is_qdq(node) or has_subgraph(node) or own or node.op.startswith("Random"):
+                continue
+            key = (
+                node.op,
+                node.domain,
+                repr(sorted(node.attrs.items())),
+                *(_value(self.model, t) for t in node.inputs),
+            )
+            first = known.setdefault(key, node)
+            if first is node or any(map(self.is_output, node.outputs)):
+                continue
+            for new, old in zip(first.outputs, node.outputs, strict=False):
+                for reader in [*old.outputs]:
+                    rewire(reader, old, new)
+            self.taken[node.name] = first.name
+            self._remove(node)
 
     def _merge_quantizes(self) -> None:
         """One Q for all that are equal."""
@@ -303,6 +326,14 @@ class Rewritten(QdqGraph):
             return False
         zeros = [None if g.zero is None else int(g.zero.reshape(-1)[0]) for g in grids]
         return grids[0].dtype == grids[1].dtype and zeros[0] == zeros[1]
+
+
+def _value(model: Model, tensor: gs.Tensor) -> object:
+    """What tells tensors apart: a single value itself, others by identity."""
+    if isinstance(tensor, gs.Constant) and tuple(tensor.shape) in ((), (1,)):
+        array = model.array(tensor)
+        return array.dtype.name, array.shape, array.tobytes()
+    return id(tensor) if tensor.name else None
 
 
 def _does_nothing(node: gs.Node) -> bool:

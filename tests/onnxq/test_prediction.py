@@ -455,6 +455,17 @@ def test_pairs_spread_backward():
     check(build(body), {"c": "QLinearConv", "n": "Transpose"})
 
 
+def test_equal_nodes_are_one():
+    # each Slice alone would be moved behind the Q; of two that are one, the result has two readers
+    one = "t = Tanh(x) a = Slice(t, start, stop, axes) [n] r = Slice(a, start, stop, axes)"
+    two = "e = Slice(t, start, stop, axes) [m] c = Slice(e, start, stop, last)"
+    end = "q = QuantizeLinear(c, ys, yz) z = DequantizeLinear(q, ys, yz)"
+    constants = {**AXES, "last": np.array([2])}
+    check(build(one, **constants), "Slice")
+    proto = build(f"{one} {two} {end}", outputs="float[] y, float[] z", **constants)
+    check(proto, {"n": "", "m": ""})
+
+
 def test_pairs_spread_to_outputs():
     body = "[c] r = Conv(xd, wd, bd) q = QuantizeLinear(r, ys, yz) d = DequantizeLinear(q, ys, yz)"
     check(build(f"{body} [n] y = Transpose<perm=[0,1,3,2]>(d)"), {"c": "QLinearConv"})
