@@ -204,7 +204,7 @@ def test_json_has_what_was_asked_for_and_quiet_says_nothing(tmp_path):
     assert (result.exit_code, result.output) == (0, "")
     found = json.loads(facts.read_text())
     wanted = {"bytes", "versions", "seconds", "integers", "storage", "outputs", "weights", "notes"}
-    wanted.add("passes")
+    wanted |= {"passes", "target"}
     assert set(found) == wanted
     assert set(found["passes"][0]) == {"name", "options", "seconds", "bytes", "done", "skipped"}
     assert found["outputs"][0]["samples"] == 8
