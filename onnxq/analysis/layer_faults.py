@@ -240,5 +240,5 @@ def _of_saturation(node: gs.Node, grids: LayerGrids) -> Iterator[Fault]:
             node.name,
             f"{share:.2%} of the pairs of its weights could pass the end of int16 on x86-64"
             " processors without VNNI, which add products in pairs",
-            "weights of 7 bits where such processors matter",
+            "for such processors quantize with --target ort-x64-avx2",
         )
