@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from onnxq.analysis.error import OutputError
 from onnxq.analysis.layer_faults import Fault
+from onnxq.analysis.saturation import Saturation
 from onnxq.regridding import Mend
 from onnxq.runtime import Level
 
@@ -147,6 +148,8 @@ class Diagnosis:
         views: How each kind of processor runs it.
         faults: What is wrong or wasteful besides.
         agreement: How far levels of optimization agree.
+        saturation: What pairs of products do on x86-64 without VNNI, layer by layer; empty where
+            no samples were given.
         samples: Samples that this was measured on.
         samples_made_up: Whether they were made up.
         mends: What `fix` mended.
@@ -164,6 +167,7 @@ class Diagnosis:
     views: list[View]
     faults: list[Fault]
     agreement: list[Agreement]
+    saturation: list[Saturation]
     samples: int
     samples_made_up: bool
     mends: list[Mend]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from onnxq.analysis.faults import Fault, faults
 from onnxq.analysis.measurement import Measurement, measure
 from onnxq.analysis.prediction import Prediction, float_work, predict
 from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq
+from onnxq.analysis.saturation import Saturation, saturation
 from onnxq.analysis.storage import storage
 from onnxq.api import calibration, check_loads, is_quantized
 from onnxq.diagnosis import Agreement, Diagnosis, Kind, Mended, NodeState, View
@@ -75,6 +76,7 @@ def doctor(
     kind = _kind(model)
     feeds = _feeds(model, session, data, SAMPLES if limit is None else limit, preprocess, notes)
     macs = _macs(model, {**(feeds[0] if feeds else {}), **(shapes or {})})
+    pairs: list[Saturation] = []
     if kind == "float":
         views = [View("planned", _planned(model, contract, macs), {})]
         wrong: list[Fault] = []
@@ -91,6 +93,13 @@ def doctor(
             wrong = [f for f in wrong if f.code != "unloadable"]  # it is loaded after all
         if kind == "Q/DQ":
             wrong = [*breaches(model, contract), *wrong]
+        sound = kind == "Q/DQ" and all(f.severity != "error" for f in wrong)
+        if sound and data is not None:
+            with progress.task("look for overflows", None):
+                pairs = saturation(
+                    model, lambda _: feeds, rng=np.random.default_rng(0), threads=threads
+                )
+            wrong = [*_overflows(pairs), *(f for f in wrong if f.code != "saturation")]
         with progress.task("compare levels of optimization", None):
             agreement = [
                 _agreement(model, session, level, feeds, threads) for level in LEVELS if feeds
@@ -115,12 +124,26 @@ def doctor(
         views=views,
         faults=wrong,
         agreement=agreement,
+        saturation=pairs,
         samples=len(feeds),
         samples_made_up=data is None,
         mends=mends,
         mended=mended,
         notes=notes,
     )
+
+
+def _overflows(pairs: Sequence[Saturation]) -> Iterator[Fault]:
+    """What the samples showed of sums of two products in 16 bits, worst first."""
+    for found in sorted(pairs, key=lambda s: -s.noise):
+        if found.possible:
+            yield Fault(
+                "saturation",
+                "warning" if found.overflows else "note",
+                found.name,
+                f"on x86-64 without VNNI {found}",
+                "for such processors quantize with --target ort-x64-avx2",
+            )
 
 
 def _feeds(

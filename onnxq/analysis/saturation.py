@@ -162,8 +162,11 @@ def _products(model: Model) -> Iterator[_Products]:
         if layer is None or layer.weight_encoding is None:
             continue
         x = _encoding_of(model, layer.x)
+        known = layer.weight_encoding
+        if known.axis is not None and known.scale.size != layer.output_channels:
+            continue  # scales along another axis: onnxruntime computes something else
         if x is not None and x.bits <= 8 and x.axis is None and layer.side == 1:
-            yield _Products(layer, layer.weight_encoding, x)
+            yield _Products(layer, known, x)
 
 
 class _Products:
