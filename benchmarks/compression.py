@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import _zoo
-from _zoo import NO_SPINNING, run
+import numpy as np
+from _zoo import run
 
 import onnxq
-from onnxq.analysis import latency
+from onnxq.analysis.latency import NO_SPINNING, runs
 from onnxq.passes import Clean, Compress, FoldBatchNorm, FoldDeadChannels
 from onnxq.runtime import Session
 
@@ -93,8 +94,8 @@ def measure(zoo: Path | None, name: str, args: argparse.Namespace) -> Iterable[d
                 row["seconds"] = time.perf_counter() - start
                 if way == "fitted":
                     pair = [Session(p, threads=1, config=NO_SPINNING) for p in (source, result)]
-                    before, after = latency.alternate(pair, feed, seconds=args.seconds)
-                    row["latency"] = after / before
+                    before, after = runs(pair, feed, seconds=args.seconds)
+                    row["latency"] = float(np.median(after) / np.median(before))
             print(row, file=sys.stderr, flush=True)
             yield row
 

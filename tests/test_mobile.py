@@ -54,7 +54,7 @@ def test_the_manifest_is_as_shown(app):
     for key in ("inputs", "outputs"):
         assert manifest[key] == shown[key]
     assert manifest["preprocess"].items() >= shown["preprocess"].items()
-    assert "uint8" in manifest["recipe"]
+    assert 'target = "ort-cpu"' in manifest["recipe"]
     besides = ["files", "versions", "target", "recipe", "verifications"]
     assert set(besides) <= set(manifest)
     (entry,) = {k: v for f in manifest["files"] for k, v in f["session"].items()}.items()
