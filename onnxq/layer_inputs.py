@@ -24,7 +24,7 @@ from onnxq.second_order import (
 )
 from onnxq.simulation import input_name, simulated
 
-__all__ = ["LayerInputs", "patches_for", "statistics_bytes", "why_nearest"]
+__all__ = ["LayerInputs", "moments", "patches_for", "statistics_bytes", "why_nearest"]
 
 # Patches that even the shortest patch is worth, and how many more each of its values is.
 LEAST_PATCHES, PATCHES_PER_VALUE = 4096, 64
@@ -63,6 +63,46 @@ def why_nearest(layer: Layer) -> str | None:
     if not layer.owns_params or layer.model.is_output(layer.weight_tensor):
         return "its weight or bias is shared; rounded to nearest"
     return None
+
+
+def moments(
+    model: Model,
+    layers: Sequence[Layer],
+    ctx: Context,
+    *,
+    rng: np.random.Generator,
+    patches: int,
+    samples: int | Sequence[Mapping[str, np.ndarray]] = 0,
+    halves: bool = False,
+) -> dict[str, SecondOrder]:
+    """Second-order statistics of what layers read in the float model, by layer name.
+
+    Args:
+        model: The model.
+        layers: Layers that `supports`.
+        ctx: Where samples come from.
+        rng: Draws the positions of patches.
+        patches: Patches per layer, about.
+        samples: At most so many, spread evenly; 0 uses all; or the samples themselves.
+        halves: Whether to keep every second sample apart.
+    """
+    session = input_session(model, layers, ctx.threads)
+    if isinstance(samples, int):
+        feeds: Iterable[Mapping[str, np.ndarray]] = (bound := ctx.spread(session, samples))
+        length, expected = bound.length, bound.length or samples or 1
+    else:
+        feeds, length, expected = samples, len(samples), len(samples)
+    with ctx.progress.task("second-order statistics", length) as advance:
+        return collect(
+            layers,
+            session,
+            feeds,
+            expected=expected,
+            rng=rng,
+            patches=patches,
+            halves=halves,
+            progress=advance,
+        )
 
 
 class LayerInputs:
@@ -272,18 +312,10 @@ class LayerInputs:
     def _collect(self, layer: Layer) -> dict[str, SecondOrder | None]:
         """Statistics of the group that a layer is in, from one run over the samples."""
         group = next(g for g in self._groups if any(known.name == layer.name for known in g))
-        session = input_session(self._float, group, self._ctx.threads)
-        samples = self._ctx.spread(session, self._limit)
-        with self._ctx.progress.task("second-order statistics", samples.length) as advance:
-            found = collect(
-                group,
-                session,
-                samples,
-                expected=samples.length or self._limit or 1,
-                rng=self._rng(self._index(PatchSource.of(group[0]))),
-                patches=self._patches,
-                progress=advance,
-            )
+        rng = self._rng(self._index(PatchSource.of(group[0])))
+        found = moments(
+            self._float, group, self._ctx, rng=rng, samples=self._limit, patches=self._patches
+        )
         return {layer.name: found.get(layer.name) for layer in group}
 
 

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from onnxq.analysis.cost import Shapes, layer_costs, tensor_shapes
 from onnxq.dependency import Dependencies, Group, Side, is_depthwise
-from onnxq.errors import OnnxqError
 from onnxq.kernels.importance import Reader, eliminate
 from onnxq.model import Model
 from onnxq.patches import columns_of, rows_of, weight_of
@@ -28,7 +27,6 @@ __all__ = [
     "order_by_error",
     "order_by_magnitude",
     "trial",
-    "within_budget",
 ]
 
 
@@ -171,51 +169,6 @@ class Costs:
             macs -= whole - round(whole * both)
             nbytes -= weight - round(weight * both) + bias - round(bias * out)
         return macs, nbytes
-
-
-def within_budget(
-    losses: Mapping[Group, Mapping[int, float]],
-    costs: Costs,
-    of: Literal["macs", "bytes"],
-    share: float,
-) -> dict[Group, int]:
-    """How many channels each group keeps, so that the model meets a budget with little error.
-
-    Greedy: step by step the cut that adds least error for what it saves.  What two groups save of a
-    layer between them is a product, so costs are those of all cuts so far together.
-
-    Args:
-        losses: Group -> numbers of channels that it may be cut to -> what that adds to the error of
-            the outputs; with all of its channels, nothing.
-        costs: Of the model's layers.
-        of: What the budget is of.
-        share: Of what the model costs now, in (0, 1].
-
-    Raises:
-        OnnxqError: All cuts together do not meet it; says what they do.
-    """
-    place = ("macs", "bytes").index(of)
-    now = {group: group.classes.size for group in losses}
-    whole = costs.after({})[place]
-    cost, wanted = whole, share * whole
-    while cost > wanted:
-        best: tuple[float, Group, int, int] | None = None
-        for group, known in losses.items():
-            for count, loss in known.items():
-                if count >= now[group]:
-                    continue
-                after = costs.after({**now, group: count})[place]
-                if after >= cost:
-                    continue
-                rate = (loss - known.get(now[group], 0.0)) / (cost - max(after, wanted))
-                if best is None or rate < best[0]:
-                    best = rate, group, count, after
-        if best is None:
-            raise OnnxqError(
-                f"{of}: a share of {share:g} cannot be met", fix=f"{cost / whole:.3f} can"
-            )
-        _, group, now[group], cost = best
-    return now
 
 
 # ---------------------------------------------------------------------- importance

@@ -11,29 +11,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnxq.analysis.cost import Shapes, layer_costs, mac_nodes, tensor_shapes
+from onnxq.layer_inputs import moments
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import rows_of, weight_of
 from onnxq.runtime import Session
 from onnxq.second_order import (
     SecondOrder,
-    collect,
     correct_bias,
-    input_session,
     takes_bias,
     trusted_moment,
 )
 from onnxq.selection import Choice, Sensitivities
 from onnxq.splits import Split
 
-__all__ = ["measure", "output_error"]
+__all__ = ["EXACT", "apart", "measure", "output_error"]
 
 Feed = Mapping[str, np.ndarray]
 
 # The share of its cost at which a layer's effect on the outputs is measured.
 _TRIED = 0.5
 # Relative errors that are no more than rounding.
-_EXACT = 1e-9
+EXACT = 1e-9
 
 
 def measure(
@@ -61,7 +60,7 @@ def measure(
         patches: Patches drawn per layer, about.
     """
     plain = Session(model.to_proto(), threads=ctx.threads)
-    known_by, feeds = _apart([*ctx.spread(plain, samples)], tried)
+    known_by, feeds = apart([*ctx.spread(plain, samples)], tried)
     shapes = tensor_shapes(model, feeds[0])
     costs = {cost.name: cost for cost in layer_costs(model, shapes)}
     varying = _varying(model, feeds, shapes)
@@ -81,7 +80,11 @@ def measure(
         else:
             ways[node.name] = [s for s, why in zip(splits, reasons, strict=True) if why is None]
     wanted = [layers[name] for name in ways]
-    statistics = _statistics(model, wanted, known_by, ctx, rng, patches) if wanted else {}
+    statistics = {}
+    if wanted:
+        statistics = moments(
+            model, wanted, ctx, rng=rng, samples=known_by, patches=patches, halves=True
+        )
     choices: list[Choice] = []
     outputs = [plain.run(feed) for feed in feeds]
     with ctx.progress.task("sensitivity of layers", len(ways)) as advance:
@@ -102,7 +105,7 @@ def measure(
                     macs=macs,
                     bytes=costs[name].nbytes,
                     candidates=tuple(candidate for _, candidate in each),
-                    effect=effect / tried_on.error if tried_on.error > _EXACT else 1.0,
+                    effect=effect / tried_on.error if tried_on.error > EXACT else 1.0,
                 )
             )
             advance(1)
@@ -125,7 +128,7 @@ def _varying(model: Model, feeds: Sequence[Feed], shapes: Shapes) -> set[str]:
     return {name for name, shape in shapes.items() if others.get(name) != shape}
 
 
-def _apart(feeds: Sequence[Feed], count: int) -> tuple[list[Feed], list[Feed]]:
+def apart(feeds: Sequence[Feed], count: int) -> tuple[list[Feed], list[Feed]]:
     """Samples to learn from, and others to try what was learned on: fits look well on their own."""
     if len(feeds) == 1:
         return [*feeds], [*feeds]
@@ -133,28 +136,6 @@ def _apart(feeds: Sequence[Feed], count: int) -> tuple[list[Feed], list[Feed]]:
     tried = {*np.linspace(0, len(feeds) - 1, count).astype(int).tolist()}
     rest = [feed for index, feed in enumerate(feeds) if index not in tried]
     return rest, [feeds[index] for index in sorted(tried)]
-
-
-def _statistics(
-    model: Model,
-    layers: Sequence[Layer],
-    feeds: Sequence[Feed],
-    ctx: Context,
-    rng: np.random.Generator,
-    patches: int,
-) -> dict[str, SecondOrder]:
-    session = input_session(model, layers, ctx.threads)
-    with ctx.progress.task("second-order statistics", len(feeds)) as advance:
-        return collect(
-            layers,
-            session,
-            feeds,
-            expected=len(feeds),
-            rng=rng,
-            patches=patches,
-            halves=True,
-            progress=advance,
-        )
 
 
 def _widening(layer: Layer, shapes: Shapes) -> float:

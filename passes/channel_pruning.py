@@ -5,15 +5,16 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from onnxq.analysis.cost import tensor_shapes
+from onnxq.channel_budget import Loss, Trials, facts, loss, within_budget
 from onnxq.cut import cut
 from onnxq.dependency import Dependencies, Group, find_groups, is_depthwise
 from onnxq.errors import RecipeError, did_you_mean
-from onnxq.layer_inputs import statistics_bytes
+from onnxq.layer_inputs import moments, statistics_bytes
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Changes, Context
 from onnxq.passes.fold_dead_channels import FoldDeadChannels
@@ -25,19 +26,17 @@ from onnxq.pruning import (
     dead_classes,
     order_by_error,
     order_by_magnitude,
-    trial,
-    within_budget,
 )
 from onnxq.report import millions
 from onnxq.responses import Responses
 from onnxq.runtime import Session
-from onnxq.second_order import SecondOrder, collect, input_session
-from onnxq.sensitivity import output_error
+from onnxq.second_order import SecondOrder
+from onnxq.sensitivity import apart
 
 __all__ = ["ChannelPruning"]
 
 _MB = 1 << 20
-# Samples on which the effect of a group's error is measured.
+# At most so many samples are kept apart to measure the effect of a group's error on.
 TRIED = 8
 
 
@@ -74,7 +73,7 @@ class ChannelPruning:
 
     Given a budget, the numbers of channels follow from it: step by step the cut that adds least to
     the error of the outputs for what it saves. What the error of a group's readers does to the
-    outputs is measured once for each group.
+    outputs is measured once for each group, on samples that it was not computed from.
 
     Args:
         budget: macs or bytes: what the model is to have less of; empty: ratios say what is cut.
@@ -120,6 +119,8 @@ class ChannelPruning:
             raise RecipeError(f"budget: wanted macs or bytes, got {self.budget!r}")
         if self.budget and self.ratios:
             raise RecipeError("a budget and ratios are given", fix="leave out the one or the other")
+        if self.budget and self.importance != "error":
+            raise RecipeError("a budget goes by errors", fix='take importance = "error"')
         for name, ratio in (("share", self.share), ("ratio", self.ratio), *self.ratios):
             if not 0 < ratio <= 1:
                 raise RecipeError(f"{name}: wanted a share in (0, 1], got {ratio:g}")
@@ -140,17 +141,21 @@ class ChannelPruning:
         found = find_groups(model)
         for name, why in found.refused.items():
             changes.skip(name, f"keeps its channels: {why}")
-        losses: dict[Group, dict[int, float]] = {}
+        losses: dict[Group, Loss] = {}
+        costs = self._costs(model, ctx)
         if self.budget:
             losses = self._losses(model, found, ctx, changes)
-            counts = within_budget(losses, self._costs(model, ctx), self.budget, self.share)
+            counts = within_budget(losses, costs, self.budget, self.share)
         else:
             counts = self._counts(model, found, changes)
+        if self.budget:
+            ctx.report.facts["compression"] = facts(
+                self.name, self.budget, self.share, costs, losses, counts, found.refused
+            )
         cuts = [g for g, count in counts.items() if count < g.classes.size]
         if not cuts:
             return changes
-        costs = self._costs(model, ctx)
-        keep, lost = self._choose(model, found, cuts, counts, ctx, changes)
+        keep, lost = self._choose(model, found, cuts, counts, losses, ctx, changes)
         if self.reconstruct and lost:
             self._fit(model, found, keep, ctx, changes)
         cut(model, found, keep)
@@ -161,8 +166,6 @@ class ChannelPruning:
             f"channels in all: {stay.sum()} of {stay.size} kept, multiply-accumulates"
             f" {millions(costs.macs)} -> {millions(costs.after(counts)[0])}"
         )
-        if self.budget:
-            ctx.report.facts["compression"] = self._facts(costs, losses, counts, found)
         return changes
 
     def _counts(self, model: Model, found: Dependencies, changes: Changes) -> dict[Group, int]:
@@ -192,8 +195,8 @@ class ChannelPruning:
 
     def _losses(
         self, model: Model, found: Dependencies, ctx: Context, changes: Changes
-    ) -> dict[Group, dict[int, float]]:
-        """Group -> channels that it may keep -> what that adds to the error of the outputs."""
+    ) -> dict[Group, Loss]:
+        """What each group may lose, and what that does to the outputs."""
         spared = match_nodes(model, self.exclude) if self.exclude else set()
         groups = []
         for group in found.groups:
@@ -202,64 +205,25 @@ class ChannelPruning:
             elif group.readers:
                 groups.append(group)
         plain = Session(model.to_proto(), threads=ctx.threads)
-        feeds = [*ctx.spread(plain, TRIED)]
-        outputs = [plain.run(feed) for feed in feeds]
-        losses: dict[Group, dict[int, float]] = {}
-        for part, statistics in self._measured(model, groups, ctx):
-            with ctx.progress.task("effect of channels", len(part)) as advance:
+        known_by, feeds = apart([*ctx.spread(plain, self.samples)], TRIED)
+        trials = Trials(feeds, [plain.run(feed) for feed in feeds], ctx.threads)
+        losses: dict[Group, Loss] = {}
+        with ctx.progress.task("effect of channels", len(groups)) as advance:
+            for part, statistics in self._measured(model, groups, ctx, known_by):
                 for group in part:
-                    advance(1)
-                    if any(s.layer.name not in statistics for s in group.readers):
+                    if all(s.layer.name in statistics for s in group.readers):
+                        losses[group] = loss(
+                            model,
+                            group,
+                            statistics,
+                            trials,
+                            multiple=self.multiple,
+                            least=self.least,
+                        )
+                    else:
                         changes.skip(group.name, "keeps its channels: no sample reached it")
-                        continue
-                    size = group.classes.size
-                    _, errors = order_by_error(group, statistics)
-                    counts = {
-                        channels_at(size, k / 32, self.multiple, self.least) for k in range(1, 32)
-                    }
-                    known = {n: float(errors[size - n - 1]) for n in counts if n < size}
-                    if not known:
-                        continue
-                    tried = min(known, key=lambda n: abs(n - size / 2))
-                    copy = trial(model, group, statistics, tried)
-                    session = Session(copy.to_proto(), threads=ctx.threads)
-                    effect = output_error(session, feeds, outputs)
-                    weight = effect / known[tried] if known[tried] > 1e-9 else 1.0
-                    losses[group] = {n: weight * error for n, error in known.items()}
+                    advance(1)
         return losses
-
-    def _facts(
-        self,
-        costs: Costs,
-        losses: Mapping[Group, Mapping[int, float]],
-        counts: Mapping[Group, int],
-        found: Dependencies,
-    ) -> dict[str, Any]:
-        """What came of a budget, as plain JSON types."""
-        cuts = {g: n for g, n in counts.items() if n < g.classes.size}
-        layers = []
-        for group, count in cuts.items():
-            one = costs.after({group: count})
-            layers.append(
-                {
-                    "name": group.name,
-                    "method": self.name,
-                    "ratio": count / group.classes.size,
-                    "rank_or_channels": count,
-                    "error": losses[group][count],
-                    "effect": 1.0,
-                    "macs": {"before": costs.macs, "after": one[0]},
-                    "bytes": {"before": costs.nbytes, "after": one[1]},
-                }
-            )
-        macs, nbytes = costs.after(counts)
-        return {
-            "budget": {"of": self.budget, "share": self.share},
-            "macs": {"before": costs.macs, "after": macs},
-            "bytes": {"before": costs.nbytes, "after": nbytes},
-            "layers": layers,
-            "refused": dict(found.refused),
-        }
 
     def _up(self, channels: int) -> int:
         """The next multiple."""
@@ -296,6 +260,7 @@ class ChannelPruning:
         found: Dependencies,
         groups: Sequence[Group],
         counts: Mapping[Group, int],
+        losses: Mapping[Group, Loss],
         ctx: Context,
         changes: Changes,
     ) -> tuple[np.ndarray, bool]:
@@ -307,7 +272,9 @@ class ChannelPruning:
             keep[dead[: group.classes.size - counts[group]]] = False
             if keep[group.classes].sum() > counts[group]:
                 missed.append(group)
-        for group, order in self._orders(model, missed, counts, ctx, changes):
+        orders = ((group, losses[group].order) for group in missed if group in losses)
+        unknown = [group for group in missed if group not in losses]
+        for group, order in (*orders, *self._orders(model, unknown, counts, ctx, changes)):
             left = group.classes[order][keep[group.classes[order]]]
             keep[left[: int(keep[group.classes].sum()) - counts[group]]] = False
         return keep, bool(missed)
@@ -321,7 +288,7 @@ class ChannelPruning:
         changes: Changes,
     ) -> Iterator[tuple[Group, np.ndarray]]:
         """Groups with their classes, by place, in the order in which they are missed least."""
-        for part, statistics in self._measured(model, groups, ctx):
+        for part, statistics in self._measured(model, groups, ctx, self.samples):
             for group in part:
                 unseen = [s.layer.name for s in group.readers if s.layer.name not in statistics]
                 if self.importance == "error" and not unseen:
@@ -332,7 +299,11 @@ class ChannelPruning:
                 yield group, order_by_magnitude(group)
 
     def _measured(
-        self, model: Model, groups: Sequence[Group], ctx: Context
+        self,
+        model: Model,
+        groups: Sequence[Group],
+        ctx: Context,
+        samples: int | Sequence[Mapping[str, np.ndarray]],
     ) -> Iterator[tuple[Sequence[Group], Mapping[str, SecondOrder]]]:
         """The groups with statistics of what reads them, as many at once as memory has room for."""
         if self.importance == "magnitude":
@@ -341,19 +312,15 @@ class ChannelPruning:
         for part in _batches(groups, self.memory_mb * _MB):
             names = {side.layer.name for group in part for side in group.readers}
             layers = [layer for layer in model.layers() if layer.name in names]
-            session = input_session(model, layers, ctx.threads)
-            samples = ctx.spread(session, self.samples)
-            with ctx.progress.task("second-order statistics", samples.length) as advance:
-                statistics = collect(
-                    layers,
-                    session,
-                    samples,
-                    expected=samples.length or self.samples or 1,
-                    rng=ctx.rng(self),
-                    patches=self.patches,
-                    halves=True,
-                    progress=advance,
-                )
+            statistics = moments(
+                model,
+                layers,
+                ctx,
+                rng=ctx.rng(self),
+                samples=samples,
+                patches=self.patches,
+                halves=True,
+            )
             yield part, statistics
 
     # -------------------------------------------------------------- what is left

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,11 +9,12 @@ import numpy as np
 
 from onnxq.coupling import Coupling, couple
 from onnxq.encoding import Format, limits
+from onnxq.layer_inputs import moments
 from onnxq.model import Layer, Model
 from onnxq.noise import ActivationNoise, Noise, WeightNoise, least_noise
 from onnxq.pass_manager import Changes, Context
 from onnxq.rescale import rescale
-from onnxq.second_order import SecondOrder, collect, input_session, rows_of, supports
+from onnxq.second_order import SecondOrder, rows_of, supports
 
 __all__ = ["NoiseEqualization"]
 
@@ -79,7 +79,9 @@ class NoiseEqualization:
             return changes
         levels = limits(weights.dtype)[1] - limits(weights.dtype)[0] >> 1
         steps = 0.0 if activations.dtype == "float" else float((1 << activations.bits) - 1)
-        known = self._statistics(model, layers, ctx)
+        known = moments(
+            model, layers, ctx, rng=ctx.rng(self), samples=self.samples, patches=self.patches
+        )
         tensors = [layer.x.name for layer in layers]
         tensors += [c.node.inputs[0].name for c in coupling.ceilings]
         ranges = ctx.channel_ranges(model, list(dict.fromkeys(tensors)))
@@ -104,22 +106,6 @@ class NoiseEqualization:
         gain = 10 * np.log10(before / after)
         changes.add(f"channels of {pairs} layers scaled, {gain:.1f} dB less noise expected")
         return changes
-
-    def _statistics(
-        self, model: Model, layers: Sequence[Layer], ctx: Context
-    ) -> dict[str, SecondOrder]:
-        session = input_session(model, layers, ctx.threads)
-        samples = ctx.spread(session, self.samples)
-        with ctx.progress.task("noise of layers", samples.length) as advance:
-            return collect(
-                layers,
-                session,
-                samples,
-                expected=samples.length or self.samples or 1,
-                rng=ctx.rng(self),
-                patches=self.patches,
-                progress=advance,
-            )
 
 
 def _is_read(coupling: Coupling) -> np.ndarray:

@@ -8,7 +8,17 @@ from typing import Any
 import click
 
 from onnxq.commands.group import Command
-from onnxq.commands.options import COUNT, FILE, Shape, Shapes, output, progress, threads, write_json
+from onnxq.commands.options import (
+    COUNT,
+    FILE,
+    Shape,
+    Shapes,
+    model_target,
+    output,
+    progress,
+    threads,
+    write_json,
+)
 
 __all__ = ["deploy"]
 
@@ -19,13 +29,7 @@ __all__ = ["deploy"]
 )
 @click.argument("source", metavar="IN", type=FILE)
 @click.argument("destination", metavar="DIR", type=FILE)
-@click.option(
-    "--target",
-    default="ort-cpu",
-    show_default=True,
-    metavar="NAME",
-    help="What is to run the model, as of onnxq quantize.",
-)
+@model_target
 @click.option(
     "--shape",
     "shapes",

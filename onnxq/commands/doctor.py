@@ -12,6 +12,7 @@ from onnxq.commands.options import (
     COUNT,
     FILE,
     Shapes,
+    model_target,
     output,
     progress,
     shapes,
@@ -26,13 +27,7 @@ __all__ = ["doctor"]
     cls=Command, epilog="See also: onnxq quantize, which makes such models; onnxq compare."
 )
 @click.argument("source", metavar="MODEL", type=FILE)
-@click.option(
-    "--target",
-    default="ort-cpu",
-    show_default=True,
-    metavar="NAME",
-    help="What is to run the model, as of onnxq quantize.",
-)
+@model_target
 @click.option(
     "--fix",
     type=FILE,

@@ -133,6 +133,13 @@ target = click.option(
     " openvino. It gives formats, says which operators become integers, and refuses what it does"
     " not execute; docs/targets.md has the rules.",
 )
+model_target = click.option(
+    "--target",
+    default="ort-cpu",
+    show_default=True,
+    metavar="NAME",
+    help="What is to run the model, as of onnxq quantize.",
+)
 statistics = click.option(
     "--statistics",
     type=FILE,
