@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnxq.analysis import cost, fusion
+from onnxq.analysis.breaches import breaches
 from onnxq.api import calibration, check_loads, is_quantized
 from onnxq.calibration import Calibration
 from onnxq.errors import CalibrationError, UnsupportedError
@@ -127,7 +128,7 @@ def deploy(
     Args:
         source: The model, quantized or not; never changed.
         destination: The folder, which is made.
-        target: What the model is to run on.
+        target: What the model is to run on; what breaks its contract is noted.
         shapes: Sizes of inputs that are to be fixed.
         data: Samples to verify on, in any form that `Calibration` takes; None: made up.
         limit: Use at most so many of them; None: `SAMPLES`.
@@ -178,7 +179,7 @@ def _build(
     """Write and verify all files but the first and the manifest."""
     files = [_file(origin, "onnx")]
     samples = ctx.spread(session, 0)
-    notes = [*model.notes, *_remarks(model, session.inputs), *ctx.report.notes]
+    notes = [*model.notes, *_remarks(model, session.inputs, ctx.target), *ctx.report.notes]
     write = partial(write_ort, origin, samples=samples, threads=ctx.threads, progress=ctx.progress)
     written = [write("fixed")]
     try:
@@ -218,7 +219,7 @@ def _build(
 # ---------------------------------------------------------------------- the model and its inputs
 
 
-def _remarks(model: Model, inputs: Sequence[TensorSpec]) -> list[str]:
+def _remarks(model: Model, inputs: Sequence[TensorSpec], target: Target) -> list[str]:
     """What the user may not expect of the model."""
     notes = []
     if not is_quantized(model):
@@ -229,6 +230,9 @@ def _remarks(model: Model, inputs: Sequence[TensorSpec]) -> list[str]:
             f"sizes are open ({'; '.join(map(str, dynamic))}): fine on the CPU, but XNNPACK, NNAPI"
             " and QNN want them fixed (--shape)"
         )
+    for fault in breaches(model, target):
+        where = f"{fault.node}: " if fault.node else ""
+        notes.append(f"{where}{fault.what} ({fault.mend})")
     return notes
 
 

@@ -237,6 +237,18 @@ def test_a_float_model_is_deployable_and_told_apart(tmp_path):
     assert any("sizes are open (x: float32 [N x 3 x 8 x 8])" in note for note in result.notes)
 
 
+@pytest.mark.parametrize(("target", "breaks"), [("ort-mobile", False), ("xnnpack", True)])
+def test_what_the_target_does_not_run_in_integers_is_noted(target, breaks, quantized, tmp_path):
+    result = onnxq.deploy(quantized, tmp_path / "app", target=target)
+    found = [
+        note for note in result.notes if "xnnpack has no integer Conv of uint8 and int8" in note
+    ]
+    assert bool(found) == breaks
+    assert all("use uint8 weights with uint8 activations" in note for note in found)
+    written = json.loads((tmp_path / "app" / "manifest.json").read_text())
+    assert written["notes"] == result.notes
+
+
 @pytest.mark.parametrize(
     "text",
     [
