@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["gptq", "inverse_factor", "shrink", "solved"]
+__all__ = ["gptq", "inverse_diagonal", "inverse_factor", "shrink", "solved"]
 
 # Rows of a large matrix that are worked on at once.
 _ROWS = 256
@@ -66,19 +66,48 @@ def solved(gram: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     Raises:
         numpy.linalg.LinAlgError: H is not positive definite, in its precision.
     """
-    blocks = [slice(k, k + _ROWS) for k in range(0, len(gram), _ROWS)]
-    factor = np.tril(gram)  # L, H = L L^T
-    inverses = []
+    factor, blocks, inverses = _factor(gram)
     x = wanted.astype(gram.dtype)
+    for b, inverse in zip(blocks, inverses, strict=True):
+        x[:, b] = (x[:, b] - x[:, : b.start] @ factor[b, : b.start].T) @ inverse.T
+    for b, inverse in zip(blocks[::-1], inverses[::-1], strict=True):
+        x[:, b] = (x[:, b] - x[:, b.stop :] @ factor[b.stop :, b]) @ inverse
+    return x
+
+
+def inverse_diagonal(gram: np.ndarray) -> np.ndarray:
+    """The diagonal of H^-1, by the inverse of a factor of H in H's precision, float64 [K].
+
+    Args:
+        gram: H, positive definite, [K, K].
+
+    Raises:
+        numpy.linalg.LinAlgError: H is not positive definite, in its precision.
+    """
+    factor, blocks, inverses = _factor(gram)
+    # L^-1 takes the place of L from above, rows of a block by those above it
+    diagonal = np.zeros(len(gram))
+    for b, inverse in zip(blocks, inverses, strict=True):
+        factor[b, : b.start] = inverse @ -(factor[b, : b.start] @ factor[: b.start, : b.start])
+        factor[b, b] = inverse
+        diagonal[: b.stop] += np.square(factor[b, : b.stop], dtype=np.float64).sum(axis=0)
+    return diagonal
+
+
+def _factor(gram: np.ndarray) -> tuple[np.ndarray, list[slice], list[np.ndarray]]:
+    """L with H = L L^T, its blocks, and the inverse of L's square on each.
+
+    What L holds in these squares themselves is not L's.
+    """
+    blocks = [slice(k, min(k + _ROWS, len(gram))) for k in range(0, len(gram), _ROWS)]
+    factor = np.tril(gram)
+    inverses = []
     for b in blocks:
         left = factor[b.start :, : b.start]
         factor[b.start :, b] -= left @ left[:_ROWS].T
         inverses.append(np.linalg.inv(np.linalg.cholesky(factor[b, b])).astype(gram.dtype))
         factor[b.stop :, b] = factor[b.stop :, b] @ inverses[-1].T
-        x[:, b] = (x[:, b] - x[:, : b.start] @ left[:_ROWS].T) @ inverses[-1].T
-    for b, inverse in zip(blocks[::-1], inverses[::-1], strict=True):
-        x[:, b] = (x[:, b] - x[:, b.stop :] @ factor[b.stop :, b]) @ inverse
-    return x
+    return factor, blocks, inverses
 
 
 def inverse_factor(gram: np.ndarray, damping: float) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxq.coupling import Coupling, couple
 from onnxq.encoding import Format, limits
+from onnxq.kernels.rounding import inverse_diagonal
 from onnxq.layer_inputs import moments
 from onnxq.model import Layer, Model
 from onnxq.noise import ActivationNoise, Noise, WeightNoise, least_noise
@@ -128,7 +129,7 @@ def _noises(
     """What rounding costs a layer, as shares of the power of its output."""
     rows = rows_of(layer).astype(np.float64)
     covariance = statistics.covariance
-    power = float(np.einsum("gok,gkl,gol->", rows, covariance, rows))
+    power = float(np.vdot(rows @ covariance, rows))
     if not power > 0:
         return []
     groups, count, columns = rows.shape
@@ -152,6 +153,10 @@ def _noises(
 def _variances(covariance: np.ndarray) -> np.ndarray:
     """Between the variance of each entry and what the others leave of it, [K]."""
     ridge = 0.01 * float(np.trace(covariance)) / len(covariance) + 1e-30
-    damped = covariance + ridge * np.eye(len(covariance))
-    left = 1.0 / np.diag(np.linalg.inv(damped))
-    return np.asarray(np.sqrt(np.diag(damped) * left))
+    damped = covariance.astype(np.float32)  # of a condition that the ridge bounds
+    damped.flat[:: len(damped) + 1] += np.float32(ridge)
+    try:
+        left = inverse_diagonal(damped)
+    except np.linalg.LinAlgError:
+        left = inverse_diagonal(damped.astype(np.float64))
+    return np.asarray(np.sqrt(np.diag(damped) / left))

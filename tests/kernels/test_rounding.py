@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.kernels.rounding import gptq, inverse_factor, shrink, solved
+from onnxq.kernels.rounding import gptq, inverse_diagonal, inverse_factor, shrink, solved
 
 
 def moment(size, count, seed):
@@ -130,3 +130,16 @@ def test_solving_in_blocks_is_solving(columns):
     np.testing.assert_allclose(short, got, atol=1e-3 * np.abs(got).max())
     with pytest.raises(np.linalg.LinAlgError):
         solved(gram - 10 * np.trace(gram) * np.eye(columns), wanted)
+
+
+@pytest.mark.parametrize("columns", [1, 40, 256, 257, 600])
+def test_the_diagonal_of_an_inverse(columns):
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(2 * columns + 3, columns))
+    gram = x.T @ x
+    kept, wanted = gram.copy(), np.diag(np.linalg.inv(gram))
+    np.testing.assert_allclose(inverse_diagonal(gram), wanted, rtol=1e-9)
+    np.testing.assert_allclose(inverse_diagonal(gram.astype(np.float32)), wanted, rtol=1e-3)
+    np.testing.assert_array_equal(gram, kept)
+    with pytest.raises(np.linalg.LinAlgError):
+        inverse_diagonal(gram - 10 * np.trace(gram) * np.eye(columns))
