@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from onnxq.zoo.building import Built, build
-from onnxq.zoo.entry import LIMITS, Entry, Format, entries, entry
+from onnxq.zoo.catalog import LIMITS, Entry, Format, entries, entry
+from onnxq.zoo.measuring import Result, Row, results
 from onnxq.zoo.page import results_page
-from onnxq.zoo.results import Result, Row, results
 from onnxq.zoo.scripts import calibration_samples, score
 
 __all__ = [

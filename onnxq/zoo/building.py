@@ -15,7 +15,7 @@ from onnxq.errors import OnnxqError, did_you_mean
 from onnxq.progress import Progress, Silent
 from onnxq.report import write_text
 from onnxq.zoo import files, scripts
-from onnxq.zoo.entry import Entry, Format, entry
+from onnxq.zoo.catalog import Entry, Format, entry
 
 __all__ = ["Built", "build", "chosen", "folder_for", "quantized"]
 
@@ -92,6 +92,7 @@ def build(
     if download is not None:
         files.fetch(found, source, download, shown, found.calibration)
     files.check(found, source, found.calibration)
+    files.made(target)
     return [quantized(found, f, source, target, threads=threads, progress=shown) for f in wanted]
 
 
@@ -115,7 +116,7 @@ def chosen(found: Entry, formats: Iterable[str]) -> list[Format]:
     Raises:
         OnnxqError: It has no such format.
     """
-    names = tuple(formats) or tuple(found.formats)
+    names = tuple(dict.fromkeys(formats)) or tuple(found.formats)
     for name in names:
         if name not in found.formats:
             known = f"there are {', '.join(found.formats)}"
@@ -131,12 +132,6 @@ def quantized(
     found: Entry, form: Format, folder: Path, to: Path, *, threads: int, progress: Progress
 ) -> Built:
     """Quantize a model whose files were checked; see `build`."""
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OnnxqError(
-            f"cannot be made: {error.strerror}", where=to, fix="name another folder with --to"
-        ) from error
     samples = scripts.calibration_samples(found, folder, to, progress)
     file = to / f"{found.name}.{form.name}.onnx"
     source = folder / found.model.file

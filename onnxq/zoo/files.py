@@ -8,10 +8,10 @@ from pathlib import Path
 
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress
+from onnxq.zoo.catalog import Data, Entry, Evaluation
 from onnxq.zoo.download import download, file_sha256
-from onnxq.zoo.entry import Data, Entry, Evaluation
 
-__all__ = ["LIST", "SCRIPTS", "cache_folder", "check", "digest", "fetch"]
+__all__ = ["LIST", "SCRIPTS", "cache_folder", "check", "digest", "fetch", "made"]
 
 # The checksums of a folder's files as `sha256sum` writes them; of a folder, its checksum is ours.
 LIST = "SHA256SUMS"
@@ -98,6 +98,21 @@ def fetch(
     for name, sha in wanted.items():
         if not (folder / name).exists():
             download(f"{base}/{name}", folder / name, sha, progress)
+
+
+def made(folder: Path) -> Path:
+    """A folder for results, made if need be.
+
+    Raises:
+        OnnxqError: It cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OnnxqError(
+            f"cannot be made: {error.strerror}", where=folder, fix="name another folder with --to"
+        ) from error
+    return folder
 
 
 def _check(path: Path, sha256: str, origin: str) -> None:

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
 from onnxq.runtime import versions
-from onnxq.zoo.entry import LIMITS, Entry
-from onnxq.zoo.results import Result, Row
+from onnxq.zoo.catalog import LIMITS, Entry
+from onnxq.zoo.measuring import Result, Row
 
 __all__ = ["change", "results_page", "summary"]
 
@@ -22,7 +22,7 @@ def results_page(found: Sequence[Result]) -> str:
 
 def change(result: Result, row: Row) -> str:
     """What a format changes of the float score, in percent of it; marked if that is too much."""
-    text = f"{-100 * result.loss(row):+.2f} %"
+    text = f"{0.0 - 100 * result.loss(row):+.2f} %"  # no -0.00
     return text if result.kept(row) else f"{text} **missed**"
 
 

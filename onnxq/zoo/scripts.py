@@ -12,7 +12,9 @@ from pathlib import Path
 
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress
-from onnxq.zoo.entry import Entry
+from onnxq.whole_folder import whole_folder
+from onnxq.zoo import files
+from onnxq.zoo.catalog import Entry
 
 __all__ = ["calibration_samples", "score"]
 
@@ -33,14 +35,12 @@ def calibration_samples(entry: Entry, folder: Path, to: Path, progress: Progress
     made = to / "samples" / f"{entry.name}.{data.sha256[:8]}"
     if made.is_dir():
         return made
-    half = made.with_name(f"{made.name}.{os.getpid()}.part")
-    half.mkdir(parents=True, exist_ok=True)
-    places = {"model": folder / entry.model.file, "out": half, "samples": data.samples}
-    with progress.task(f"samples of {entry.name}", None):
+    files.made(made.parent)
+    with whole_folder(made, force=False) as out, progress.task(f"samples of {entry.name}", None):
+        places = {"model": folder / entry.model.file, "out": out, "samples": data.samples}
         _run(folder, data.command, places)
-    if not any(half.iterdir()):
-        raise OnnxqError("the script wrote no samples", where=folder / data.command[0])
-    half.rename(made)
+        if not any(out.iterdir()):
+            raise OnnxqError("the script wrote no samples", where=folder / data.command[0])
     return made
 
 

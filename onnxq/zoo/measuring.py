@@ -19,7 +19,7 @@ from onnxq.runtime import versions
 from onnxq.version import __version__
 from onnxq.zoo import files, scripts
 from onnxq.zoo.building import chosen, folder_for, quantized
-from onnxq.zoo.entry import LIMITS, Entry, Evaluation, Format, entries, entry
+from onnxq.zoo.catalog import LIMITS, Entry, Evaluation, Format, entries, entry
 
 __all__ = ["Result", "Row", "results"]
 
@@ -132,14 +132,15 @@ def results(
             anything that `onnxq.quantize` refuses.
     """
     shown, asked = progress or Silent(), tuple(formats)
-    found = [entry(name) for name in (tuple(names) or entries())]
+    found = [entry(name) for name in (tuple(dict.fromkeys(names)) or entries())]
     wanted = [chosen(e, asked) for e in found]
-    source, kept = folder_for(folder, download), Rows(Path(to), anew=anew)
+    source = folder_for(folder, download)
     if download is not None:
         for each in found:
             files.fetch(each, source, download, shown, each.calibration, each.evaluation)
     for each in found:  # before any work is done
         files.check(each, source, each.calibration, each.evaluation)
+    kept = Rows(Path(to), anew=anew)
     return [
         _result(each, forms, source, kept, threads=threads, progress=shown)
         for each, forms in zip(found, wanted, strict=True)
@@ -152,10 +153,14 @@ class Rows:
     Args:
         to: The folder for them.
         anew: Take none of those that are there.
+
+    Raises:
+        OnnxqError: The folder cannot be made.
     """
 
     def __init__(self, to: Path, *, anew: bool) -> None:
         self.to = to
+        self._rows = files.made(to / "rows")
         self._anew = anew
 
     def get(self, name: str, key: str) -> dict[str, Any] | None:
@@ -174,19 +179,10 @@ class Rows:
 
     def keep(self, name: str, key: str, row: dict[str, Any]) -> None:
         """Write a row, whole or not at all."""
-        path = self._path(name)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OnnxqError(
-                f"cannot be made: {error.strerror}",
-                where=path.parent,
-                fix="name another folder with --to",
-            ) from error
-        write_text(path, json.dumps({"key": key, "row": row}, indent=1) + "\n")
+        write_text(self._path(name), json.dumps({"key": key, "row": row}, indent=1) + "\n")
 
     def _path(self, name: str) -> Path:
-        return self.to / "rows" / f"{name}.json"
+        return self._rows / f"{name}.json"
 
 
 def _result(
