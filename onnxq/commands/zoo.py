@@ -42,7 +42,8 @@ _places = options(
         "--download",
         metavar="URL",
         help="Fetch what the folder lacks from a copy of it that a server has, such as"
-        " http://host/zoo: checked, and taken up again where it broke off. Without --from, it is"
+        " http://host/zoo: checked, and taken up again where it broke off. Folders of data need a"
+        " list there, SHA256SUMS, as LC_ALL=C sha256sum * writes it. Without --from, what comes is"
         " kept in $XDG_CACHE_HOME/onnxq/zoo, or in ~/.cache/onnxq/zoo.",
     ),
 )

@@ -10,7 +10,17 @@ from typing import Any
 
 from onnxq.errors import OnnxqError, did_you_mean
 
-__all__ = ["LIMITS", "Data", "Entry", "Evaluation", "Format", "Source", "entries", "entry"]
+__all__ = [
+    "LIMITS",
+    "Calibration",
+    "Data",
+    "Entry",
+    "Evaluation",
+    "Format",
+    "Source",
+    "entries",
+    "entry",
+]
 
 # Loss of the metric, relative to float, beyond which a format has missed its aim.
 LIMITS = {"W8A8": 0.01, "W4A8": 0.03}
@@ -41,7 +51,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    """Samples to calibrate with, and the script that makes inputs of them.
+    """Samples, and the script that works on them.
 
     Args:
         what: What they are.
@@ -49,9 +59,9 @@ class Data:
         licence: Of the samples.
         path: A file or a folder below the folder of the zoo.
         sha256: Checksum of the file, or of the list of files, see `onnxq.zoo.files.digest`.
-        command: A script of the folder and its arguments; `{model}`, `{out}` and `{samples}` stand
-            for the float model, the folder to write, and how many samples.
-        samples: How many to calibrate with, at most.
+        command: A script of the folder and its arguments; `{model}`, `{float}`, `{out}` and
+            `{samples}` stand for the model to work on, the float model, the folder to write, and
+            how many samples.
     """
 
     what: str
@@ -60,33 +70,30 @@ class Data:
     path: str
     sha256: str
     command: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Calibration(Data):
+    """Samples to calibrate with; the script makes inputs of them.
+
+    Args:
+        samples: How many to take, at most.
+    """
+
     samples: int
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Samples with labels, and the script that scores a model on them.
+class Evaluation(Data):
+    """Samples with labels; the last line that the script prints is a JSON object.
 
     Args:
-        what: What they are.
-        source: Where they come from.
-        licence: Of the samples.
-        path: A file or a folder below the folder of the zoo.
-        sha256: Checksum, as of `Data`.
-        command: A script of the folder and its arguments; `{model}` and `{float}` stand for the
-            model to score and the float model. Its last line is a JSON object.
         metric: The key of the score in it; the larger, the better.
         unit: Of the score.
         score: Of the float model.
         tolerance: How far from it a measured score may be.
     """
 
-    what: str
-    source: str
-    licence: str
-    path: str
-    sha256: str
-    command: tuple[str, ...]
     metric: str
     unit: str
     score: float
@@ -142,7 +149,7 @@ class Entry:
     input: str
     preprocessing: str
     model: Source
-    calibration: Data
+    calibration: Calibration
     evaluation: Evaluation
     formats: dict[str, Format]
 
@@ -177,7 +184,7 @@ def _read(file: Path) -> Entry:
     }
     return Entry(
         model=Source(**table.pop("model")),
-        calibration=Data(**table.pop("calibration")),
+        calibration=Calibration(**table.pop("calibration")),
         evaluation=Evaluation(**table.pop("evaluation")),
         formats=formats,
         **table,

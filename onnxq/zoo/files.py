@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from urllib.parse import quote
 
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress
-from onnxq.zoo.catalog import Data, Entry, Evaluation
+from onnxq.zoo.catalog import Data, Entry
 from onnxq.zoo.download import download, file_sha256
 
 __all__ = ["LIST", "SCRIPTS", "cache_folder", "check", "digest", "fetch", "made"]
 
-# The checksums of a folder's files as `sha256sum` writes them; of a folder, its checksum is ours.
+# The checksums of a folder's files, by which a server says what there is to fetch.
 LIST = "SHA256SUMS"
 # The scripts of the folder, as the expected scores were measured with.
 SCRIPTS = {
@@ -29,7 +30,9 @@ def cache_folder() -> Path:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file; of a folder, that of the list of its files, as `sha256sum *` writes it.
+    """SHA-256 of a file; of a folder, that of the list of its files.
+
+    The list is what `LC_ALL=C sha256sum *` writes, folders left out.
 
     Raises:
         OnnxqError: It cannot be read.
@@ -42,7 +45,7 @@ def digest(path: Path) -> str:
         raise OnnxqError(f"cannot be read: {error.strerror}", where=path) from error
 
 
-def check(entry: Entry, folder: Path, *parts: Data | Evaluation) -> Path:
+def check(entry: Entry, folder: Path, *parts: Data) -> Path:
     """The float model, known by its checksum to be the entry's; data are checked alike.
 
     Args:
@@ -64,9 +67,7 @@ def check(entry: Entry, folder: Path, *parts: Data | Evaluation) -> Path:
     return source
 
 
-def fetch(
-    entry: Entry, folder: Path, address: str, progress: Progress, *parts: Data | Evaluation
-) -> None:
+def fetch(entry: Entry, folder: Path, address: str, progress: Progress, *parts: Data) -> None:
     """Download into a folder what it lacks of an entry; files that are there are left alone.
 
     Args:
@@ -91,13 +92,13 @@ def fetch(
             continue
         listed = path / LIST
         if not listed.exists() or digest(listed) != part.sha256:
-            download(f"{base}/{part.path}/{LIST}", listed, part.sha256, progress)
+            download(f"{base}/{quote(part.path)}/{LIST}", listed, part.sha256, progress)
         for line in listed.read_text(encoding="utf-8").splitlines():
             sha, _, name = line.partition("  ")
             wanted[f"{part.path}/{name}"] = sha
     for name, sha in wanted.items():
         if not (folder / name).exists():
-            download(f"{base}/{name}", folder / name, sha, progress)
+            download(f"{base}/{quote(name)}", folder / name, sha, progress)
 
 
 def made(folder: Path) -> Path:

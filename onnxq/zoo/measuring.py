@@ -196,6 +196,12 @@ def _result(
     plain = kept.get(f"{found.name}.float", _key(*base))
     if plain is None:
         plain = {"score": scripts.score(found, folder, source, progress)}
+        if plain["score"] <= 0:
+            raise OnnxqError(
+                f"{labels.metric} of the float model is {plain['score']:g}",
+                where=folder / labels.command[0],
+                fix="take the script that the folder came with",
+            )
         kept.keep(f"{found.name}.float", _key(*base), plain)
     basis = (*base, data.sha256, data.command, data.samples, __version__)
     rows = []

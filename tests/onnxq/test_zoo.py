@@ -374,6 +374,7 @@ def test_finished_rows_are_taken_up_again(home, tmp_path, monkeypatch):
         ("print('top1: 3')", "its last line is no JSON object"),
         ("", "its last line is no JSON object"),
         ("print('{\"top1\": NaN}')", "top1 is nan"),
+        ("print('{\"top1\": 0}')", "top1 of the float model is 0"),
         ("import sys; sys.exit('no data')", "the script failed: no data"),
         ("import sys; sys.exit(3)", "the script failed: exit status 3"),
     ],
