@@ -15,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from onnxq.progress import Silent
 from onnxq.runtime import versions
+from onnxq.zoo import calibration_samples, entry
+from onnxq.zoo import score as entry_score
 
 OUT = Path(__file__).parent / "out"
 # Status of a benchmark that has nothing to measure; `make bench` goes on after it.
@@ -34,13 +37,12 @@ def folder() -> Path:
 
 def samples(zoo: Path, name: str) -> Path:
     """A folder of up to 100 calibration samples of a model."""
-    calib = OUT / "calib" / name
-    if not calib.exists():
-        half = calib.with_name(f"{name}.part")
-        source = zoo / "models" / f"{name}.onnx"
-        run(zoo / "calib.py", source, half, "--limit", "100")
-        half.rename(calib)
-    return calib
+    return calibration_samples(entry(name), zoo, OUT, Silent())
+
+
+def score(zoo: Path, name: str, path: Path) -> float:
+    """The metric of a model that was made from one of the zoo."""
+    return entry_score(entry(name), zoo, path, Silent())
 
 
 def stream(calib: Path, count: int) -> Iterator[Feed]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import _zoo
-from _zoo import OUT, run
+from _zoo import OUT, score
 
 import onnxq
 from onnxq.passes import (
@@ -33,17 +33,17 @@ from onnxq.passes import (
     InsertQDQ,
 )
 from onnxq.synthetic import synthesize
+from onnxq.zoo import entry
 
-# model -> task and metric of eval.py
-MODELS = {
-    "mobilenetv1_075": ("imagenet", "top1"),
-    "mobilenetv2": ("imagenet", "top1"),
-    "vww_mobilenetv1_025": ("vww", "top1"),
-    "simplepose": ("pose", "mean_oks"),
-    "ultraface_rfb320": ("face", "face_recall"),
-    "espnet_camvid": ("camvid", "miou"),
-    "yolox_nano": ("detect", "map50"),
-}
+MODELS = (
+    "mobilenetv1_075",
+    "mobilenetv2",
+    "vww_mobilenetv1_025",
+    "simplepose",
+    "ultraface_rfb320",
+    "espnet_camvid",
+    "yolox_nano",
+)
 
 
 def steps(*, made_up: bool) -> dict[str, list[Any]]:
@@ -76,7 +76,7 @@ def main() -> None:
         parser.error(f"no model {unknown[0]}; there are {', '.join(MODELS)}")
     zoo = _zoo.folder()
     columns = {name: measure(zoo, name, real=args.samples) for name in args.models}
-    names = [f"{name} ({MODELS[name][1]})" for name in columns]
+    names = [f"{name} ({entry(name).evaluation.metric})" for name in columns]
     print(f"| step | {' | '.join(names)} |")
     print("| --- " * (len(names) + 1) + "|")
     for row in next(iter(columns.values())):
@@ -105,11 +105,6 @@ def measure(zoo: Path, name: str, *, real: bool) -> dict[str, str]:
         f"{score(zoo, name, result):.2f}, {seconds:.1f} s ({report.seconds:.1f} s)"
     )
     return found
-
-
-def score(zoo: Path, name: str, path: Path) -> float:
-    task, metric = MODELS[name]
-    return float(json.loads(run(zoo / "eval.py", task, path))[metric])
 
 
 if __name__ == "__main__":

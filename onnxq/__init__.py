@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from onnxq.version import __version__
 
 if TYPE_CHECKING:
+    from onnxq import zoo
     from onnxq.analysis.findings import Analysis
     from onnxq.analyzing import analyze
     from onnxq.api import compare, equalize_model, inspect, quantize, run
@@ -57,6 +58,7 @@ __all__ = [
     "load",
     "quantize",
     "run",
+    "zoo",
 ]
 
 # Loaded at first use: `onnxq --help` must not wait for onnxruntime and numba.
@@ -91,6 +93,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "zoo":
+        return importlib.import_module("onnxq.zoo")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'onnxq' has no attribute {name!r}")

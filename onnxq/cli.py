@@ -20,6 +20,7 @@ from onnxq.commands.inspect import inspect
 from onnxq.commands.passes import passes
 from onnxq.commands.quantize import quantize
 from onnxq.commands.run import run
+from onnxq.commands.zoo import zoo
 from onnxq.version import __version__
 
 __all__ = ["main"]
@@ -45,6 +46,6 @@ def main() -> None:
 
 for _verb in (
     *(quantize, compress, run, compare, analyze, inspect),
-    *(doctor, encodings, deploy, passes),
+    *(doctor, encodings, deploy, zoo, passes),
 ):
     main.add_command(_verb)
