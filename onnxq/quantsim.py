@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import onnx
 
@@ -37,7 +37,9 @@ from onnxq.spool import Spool
 from onnxq.statistics import Method
 from onnxq.targets import Target, target_named
 
-__all__ = ["Exported", "QuantizationSimModel"]
+__all__ = ["Arithmetic", "Exported", "QuantizationSimModel"]
+
+Arithmetic = Literal["integer", "float"]
 
 # How AIMET calls the ways to choose a range.
 _SCHEMES: dict[Any, Method] = {
@@ -54,6 +56,8 @@ _SCHEMES: dict[Any, Method] = {
 _FLOATS = {"session.disable_quant_qdq": "1"}
 # Sums in the order in which floats behind a DequantizeLinear are added, as constants need not be.
 _EXACT = {"session.disable_prepacking": "1"}
+# Those of onnxruntime that make integer kernels of Q/DQ.
+_FUSING: tuple[Level, ...] = ("extended", "all")
 
 
 @dataclass(frozen=True)
@@ -69,9 +73,20 @@ class QuantizationSimModel:
     """A float model that computes as its quantized version does, to the bit.
 
     What is rounded is what the target rounds: `model` is the float model with constants folded and
-    BatchNormalization in the weights, and `session` runs the Q/DQ model that `export` writes, on
-    floats, with every constant as the float that its integers stand for.  Types that the target has
-    no kernels for, from 2 to 16 bits, are simulated as exactly; `simulated_only` names them.
+    BatchNormalization in the weights, and `session` runs the Q/DQ model that `export` writes.
+
+    With ``arithmetic="integer"`` it runs as it will be deployed: onnxruntime makes integer kernels
+    of Q/DQ where it has some, and the rest, types without kernels among it, computes in floats
+    between Q and DQ.  Outputs are those of the exported file in a session of onnxruntime's defaults
+    on this machine.  Its kernels decide: on x86-64 without VNNI, sums of two products saturate at
+    16 bits, and the session shows that, too.
+
+    With ``arithmetic="float"`` everything computes in floats between Q and DQ, with every constant
+    as the float that its integers stand for, on any machine alike: outputs are those of the
+    exported file in a session without optimizations.
+
+    Types that the target has no kernels for, from 2 to 16 bits, are exact in both; `simulated_only`
+    names them.
 
     Attributes:
         model: The float model with its encodings.
@@ -87,8 +102,9 @@ class QuantizationSimModel:
             or a method of `onnxq.passes.Calibrate`.
         exclude: Globs on node names and operator types that stay in float.
         target: What the model is to run on.
-        level: How far onnxruntime optimizes the simulation: disabled, to the bit as the exported
-            model without optimizations; all, faster, and the same but for ties.
+        arithmetic: "integer", as deployed, or "float", as ONNX defines Q/DQ.
+        level: How far onnxruntime optimizes the session; none: all for integers, which also run at
+            "extended", and disabled for floats. There "all" is faster, and the same but for ties.
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -106,14 +122,15 @@ class QuantizationSimModel:
         quant_scheme: str = "tf_enhanced",
         exclude: Sequence[str] = (),
         target: str | Target = "ort-cpu",
-        level: Level = "disabled",
+        arithmetic: Arithmetic = "integer",
+        level: Level | None = None,
         seed: int = 0,
         threads: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._target = target_named(target)
         self._settings: dict[str, Any] = {"seed": seed, "threads": threads, "progress": progress}
-        self._level: Level = level
+        self._arithmetic, self._level = arithmetic, _level(arithmetic, level)
         activations = _activations(activation_type)
         self._calibrate = Calibrate(
             weights=str(_weights(param_type)),
@@ -327,17 +344,17 @@ class QuantizationSimModel:
         state = dict(known.tensors), dict(known.float_nodes)
         if self._session is None or self._state != state:
             self._state = state
-            written = self._written(stored="int8")
-            fold_dequantized(written)
-            self._session = SimSession(
-                Session(
-                    written.to_proto(),
-                    threads=self._settings["threads"],
-                    level=self._level,
-                    config=_FLOATS | (_EXACT if self._level == "disabled" else {}),
-                )
-            )
+            self._session = SimSession(self._simulation())
         return self._session
+
+    def _simulation(self) -> Session:
+        threads, level = self._settings["threads"], self._level
+        if self._arithmetic == "integer":
+            return Session(self._written().to_proto(), threads=threads, level=level)
+        written = self._written(stored="int8")
+        fold_dequantized(written)
+        config = _FLOATS | (_EXACT if level == "disabled" else {})
+        return Session(written.to_proto(), threads=threads, level=level, config=config)
 
     @property
     def simulated_only(self) -> dict[str, str]:
@@ -423,6 +440,26 @@ def _activations(text: str) -> Format:
     if wanted.dtype == "float":
         return wanted
     return replace(wanted, dtype=f"uint{DTYPES[wanted.dtype][0]}")
+
+
+def _level(arithmetic: Arithmetic, level: Level | None) -> Level:
+    """How far onnxruntime is to optimize.
+
+    Raises:
+        RecipeError: No such arithmetic, or one that this level does not compute in.
+    """
+    known = get_args(Arithmetic)
+    if arithmetic not in known:
+        hint = did_you_mean(str(arithmetic), known, f"take {' or '.join(known)}")
+        raise RecipeError(f"no arithmetic {arithmetic!r}", fix=hint)
+    if arithmetic == "float":
+        return level or "disabled"
+    if level not in (None, *_FUSING):
+        raise RecipeError(
+            f"at level {level!r} onnxruntime runs no integer kernels",
+            fix=f"take {' or '.join(_FUSING)}, or arithmetic='float'",
+        )
+    return level or "all"
 
 
 def _method(scheme: Any) -> Method:

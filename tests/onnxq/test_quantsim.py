@@ -61,13 +61,18 @@ WIDTHS = [
 ]
 
 
+# What onnxruntime runs the exported file at for the same bits.
+LEVELS = {"integer": "all", "float": "disabled"}
+
+
+@pytest.mark.parametrize("arithmetic", LEVELS)
 @pytest.mark.parametrize("options", WIDTHS)
-def test_it_is_the_exported_model_to_the_bit(options, tmp_path):
-    sim = sim_of(**options)
+def test_it_is_the_exported_model_to_the_bit(options, arithmetic, tmp_path):
+    sim = sim_of(**options, arithmetic=arithmetic)
     files = sim.export(tmp_path, "m")
     onnx.checker.check_model(files.qdq, full_check=True)
     onnx.checker.check_model(files.model, full_check=True)
-    wanted = outputs(load(files.qdq))
+    wanted = outputs(str(files.qdq), LEVELS[arithmetic])
     for got, want in zip(simulated(sim), wanted, strict=True):
         np.testing.assert_array_equal(got, want)
     assert not any(np.array_equal(w, f) for w, f in zip(wanted, outputs(sim.model), strict=True))
@@ -86,13 +91,28 @@ def test_what_is_exported_loads_again(options, version, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-def test_the_fast_level_agrees_but_for_ties():
-    sim, fast = sim_of(), sim_of(level="all")
+@pytest.mark.parametrize("options", [{"arithmetic": "float", "level": "all"}, {}])
+def test_arithmetics_and_levels_agree_but_for_ties(options):
+    sim, other = sim_of(arithmetic="float"), sim_of(**options)
     steps = max(float(np.max(e.scale)) for e in sim.encodings.values())
-    for got, want in zip(simulated(fast), simulated(sim), strict=True):
+    for got, want in zip(simulated(other), simulated(sim), strict=True):
         assert np.abs(got - want).max() <= 3 * steps
-    files = [np.concatenate(simulated(s)).argmax(axis=1) for s in (sim, fast)]
+    files = [np.concatenate(simulated(s)).argmax(axis=1) for s in (sim, other)]
     assert np.mean(files[0] == files[1]) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"arithmetic": "integers"}, r"no arithmetic 'integers'; did you mean integer\?"),
+        ({"arithmetic": 8}, "no arithmetic 8; take integer or float"),
+        ({"level": "disabled"}, "at level 'disabled' .* no integer kernels; take extended or all"),
+        ({"level": "basic"}, "arithmetic='float'"),
+    ],
+)
+def test_arithmetics_that_there_are_not(options, match):
+    with pytest.raises(RecipeError, match=match):
+        QuantizationSimModel(PROTO, **options)
 
 
 def test_more_bits_are_closer_to_float():
@@ -260,7 +280,7 @@ def test_encodings_may_be_edited():
     sim.encodings["x"] = Encoding("uint8", np.array(0.5, np.float32), np.array(128, np.int32))
     after = simulated(sim)
     assert not any(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    for got, want in zip(after, outputs(sim.to_onnx_qdq()), strict=True):
+    for got, want in zip(after, outputs(sim.to_onnx_qdq(), "all"), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
