@@ -20,6 +20,7 @@ import onnx
 from onnxq import encodings_json
 from onnxq.api import check_outputs
 from onnxq.calibration import Calibration
+from onnxq.completion import completed
 from onnxq.encoding import DTYPES, Encodings, Format
 from onnxq.errors import CalibrationError, RecipeError, did_you_mean
 from onnxq.fitting import channels, constants, fit, lacking, share_moves, without_moves
@@ -379,6 +380,7 @@ class QuantizationSimModel:
         export_model: bool = True,
         *,
         encoding_version: str = "1.0.0",
+        complete: Any = None,
     ) -> Exported:
         """Write the encodings, the float model that they belong to, and the Q/DQ model.
 
@@ -390,6 +392,9 @@ class QuantizationSimModel:
             filename_prefix: How the names of the files begin.
             export_model: Whether to write the models, too.
             encoding_version: 0.6.1, 1.0.0 or 2.0.0.
+            complete: Samples, so that the encodings name every tensor that AIMET's default
+                configuration quantizes, and no other, as its ``strict=True`` wants: also those that
+                no integer kernel needs, which then are rounded there. None: what is rounded here.
 
         Raises:
             OnnxqError: A file cannot be written, or the version has no words for an encoding.
@@ -403,7 +408,11 @@ class QuantizationSimModel:
         check_outputs((files.encodings, files.model, files.qdq), models=[self.model.path])
         written = self._written()
         known = self.model.encodings
-        if encoding_version in encodings_json.OLD:
+        if complete is not None:
+            ctx = Context(complete, target=self._target.any_width, **self._settings)
+            known, notes = completed(self.model, known, ctx, self._calibrate.method)
+            self.report.notes.extend(notes)
+        elif encoding_version in encodings_json.OLD:
             known = without_moves(self.model, known, self._target)
         text = encodings_json.dumps(known, encoding_version, constants(self.model))
         if files.model is not None and files.qdq is not None:

@@ -61,7 +61,7 @@ WIDTHS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*(((name, {}) for name in models.ZOO)), *WIDTHS], ids=str
+    ("name", "options"), [*((name, {}) for name in models.ZOO), *WIDTHS], ids=str
 )
 def test_the_simulation_is_the_exported_model_to_the_bit(name, options, tmp_path):
     """In integers as onnxruntime runs the file by default, in floats as it does unoptimized."""

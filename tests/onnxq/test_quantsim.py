@@ -10,8 +10,10 @@ import pytest
 import onnxq
 from onnxq import encodings_json
 from onnxq.calibration import Calibration
+from onnxq.completion import rounded
 from onnxq.encoding import Encoding
 from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError, TargetError
+from onnxq.fitting import channels
 from onnxq.model import load
 from onnxq.passes import GPTQ, AdaRound
 from onnxq.quantsim import QuantizationSimModel
@@ -314,6 +316,23 @@ def test_export_without_models(tmp_path):
     files = sim_of().export(tmp_path, "m", export_model=False)
     assert (files.model, files.qdq) == (None, None)
     assert [f.name for f in tmp_path.iterdir()] == ["m.encodings"]
+
+
+def test_a_complete_export_names_what_aimet_rounds(tmp_path):
+    sim = sim_of()
+    files = sim.export(tmp_path, "m", complete=samples())
+    found = encodings_json.load(files.encodings, channels(sim.model))
+    assert {"y", "e"} <= found.keys() == {*rounded(sim.model)}
+    assert sim.encodings.keys() - found.keys() == {"p", "l"}  # moved data
+    assert {n: e for n, e in found.items() if n != "y"} == {
+        n: sim.encodings[n] for n in found if n != "y"
+    }
+    seen = np.concatenate(outputs(sim.model))[: len(samples())]
+    scores = found["y"]
+    assert scores.low <= seen.min() / 2
+    assert scores.high >= seen.max() / 2
+    assert "y" not in sim.encodings
+    assert sim.report.notes == []
 
 
 def test_passes_run_on_the_simulation():
