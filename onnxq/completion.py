@@ -19,7 +19,7 @@ from onnxq.fitting import without_moves
 from onnxq.graph import consumers, producer
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
-from onnxq.statistics import Method
+from onnxq.statistics import Method, needs_histogram
 
 __all__ = ["completed", "rounded"]
 
@@ -152,7 +152,7 @@ def completed(
     widths = _dtypes(model, encodings)
     found = Encodings({n: e for n, e in encodings.items() if n in {*wanted}})
     found.float_nodes = dict(encodings.float_nodes)
-    histogram = method in ("percentile", "entropy", "mse")
+    histogram = needs_histogram(method)
     lacking = [n for n in wanted.activations if n not in found]
     known = ctx.statistics(model, lacking, histogram=histogram) if lacking else {}
     for name, seen in known.items():

@@ -26,6 +26,7 @@ from onnxq.errors import CalibrationError, RecipeError, did_you_mean
 from onnxq.fitting import channels, constants, fit, lacking, share_moves, without_moves
 from onnxq.formats import WORDS, LayerFormat
 from onnxq.model import Model
+from onnxq.observed_session import ObservedSession
 from onnxq.pass_manager import Context, Pass, PassManager
 from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
 from onnxq.placement import place
@@ -35,7 +36,7 @@ from onnxq.runtime import Level, Session
 from onnxq.sim_session import SimSession
 from onnxq.simulation import fold_dequantized
 from onnxq.spool import Spool
-from onnxq.statistics import Method
+from onnxq.statistics import Method, Statistics, needs_histogram
 from onnxq.targets import Target, target_named
 
 __all__ = ["Arithmetic", "Exported", "QuantizationSimModel"]
@@ -230,8 +231,9 @@ class QuantizationSimModel:
             sim.compute_encodings(samples)             # anything that Calibration takes
             sim.compute_encodings(evaluate, 500)       # evaluate(session, 500) feeds them
 
-        A callback gets a session that runs the float model.  What is fed to it is kept in a
-        temporary file, so that memory does not grow, and observed as samples are.
+        A callback gets a session that runs the float model, and what runs through it is observed on
+        the way: once, in constant memory.  For ``tf_enhanced``, what is fed is kept in a temporary
+        file, as ranges of inputs take a second look.
 
         Args:
             inputs: The samples; or the callback.
@@ -250,26 +252,34 @@ class QuantizationSimModel:
             inputs, callback = None, inputs
         if (inputs is None) == (callback is None):
             raise CalibrationError("give samples, or a callback that feeds them: one of the two")
+        statistics = None
         if callback is not None:
-            inputs = self._fed(callback, forward_pass_callback_args)
+            inputs, statistics = self._fed(callback, forward_pass_callback_args)
         elif forward_pass_callback_args is not ...:
             raise CalibrationError("arguments of a callback, but no callback")
         self.model.encodings, self._session = Encodings(), None
-        self._run([self._calibrate], inputs)
+        self._run([self._calibrate], inputs, statistics=statistics)
         self._obey_frozen()
         return self.report
 
-    def _fed(self, callback: Callable[..., Any], argument: Any) -> Spool:
-        """The samples that a callback feeds to the float model."""
-        spool = Spool(iter(()))
-        session = Session(self.model.to_proto(), threads=self._settings["threads"])
-        callback(SimSession(session, spool), *(() if argument is ... else (argument,)))
-        if not spool.count:
-            raise CalibrationError(
-                "the callback fed nothing to the session",
-                fix="let it call session.run(None, feed) for each sample",
-            )
-        return spool
+    def _fed(self, callback: Callable[..., Any], argument: Any) -> tuple[Spool | None, Statistics]:
+        """What a callback feeds to the float model, if it is looked at again, and statistics."""
+        step, model = self._calibrate, self.model.clone()
+        if model.opset < 13:
+            model.raise_opset(13)
+        names = step.observed(model, self._target.any_width)
+        spool = Spool(iter(())) if step.method == "mse" else None
+        threads = self._settings["threads"]
+        given = () if argument is ... else (argument,)
+        histogram = needs_histogram(step.method)
+        with ObservedSession(model, names, histogram=histogram, threads=threads) as session:
+            callback(SimSession(session, spool), *given)
+            if not session.count:
+                raise CalibrationError(
+                    "the callback fed nothing to the session",
+                    fix="let it call session.run(None, feed) for each sample",
+                )
+            return spool, session.statistics()
 
     def _obey_frozen(self) -> None:
         """Give frozen tensors their encodings, and what is moved from or to them, too."""
@@ -326,10 +336,16 @@ class QuantizationSimModel:
         self._session = None
         return self.report
 
-    def _run(self, steps: Sequence[Pass], inputs: Any) -> None:
+    def _run(
+        self, steps: Sequence[Pass], inputs: Any, statistics: Statistics | None = None
+    ) -> None:
         data = None if inputs is None or isinstance(inputs, Calibration) else Calibration(inputs)
         self.model, self.report = PassManager(*steps)(
-            self.model, data or inputs, target=self._target.any_width, **self._settings
+            self.model,
+            data or inputs,
+            target=self._target.any_width,
+            statistics=statistics,
+            **self._settings,
         )
 
     # ---------------------------------------------------------------------- what comes out

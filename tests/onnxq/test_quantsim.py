@@ -148,6 +148,31 @@ def test_a_callback_feeds_what_samples_do():
     assert dict(alone.encodings) == dict(sim.encodings)
 
 
+@pytest.mark.parametrize("scheme", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("name", ["plain", "gated", "float"])
+def test_a_callback_runs_each_sample_once(name, scheme, monkeypatch):
+    gated = (
+        "g (float[N,3,10,10] x) => (float[] y) <float[6,3,3,3] w, float[4,12,1,1] v> {"
+        " k = Conv(x, w) s = Sigmoid(k) g = Mul(k, s) r = Relu(g) c = Concat<axis=1>(g, r)"
+        " p = MaxPool<kernel_shape=[2,2]>(c) y = Conv(p, v) }"
+    )
+    proto = parse(gated, opset=12) if name == "gated" else PROTO
+    options = {"quant_scheme": scheme}
+    if name == "float":
+        options["activation_type"] = "float"
+    feeds = [models.feeds(proto, seed=s) for s in range(6)]
+    wanted = QuantizationSimModel(proto, **options)
+    wanted.compute_encodings(feeds)
+
+    ran, run = [], Session.run_shared
+    monkeypatch.setattr(Session, "run_shared", lambda self, feed: ran.append(0) or run(self, feed))
+    sim = QuantizationSimModel(proto, **options)
+    sim.compute_encodings(lambda session: [session.run(None, feed) for feed in feeds])
+    assert len(ran) == len(feeds)
+    assert dict(sim.encodings) == dict(wanted.encodings)
+    assert sim.encodings.float_nodes == wanted.encodings.float_nodes
+
+
 def test_the_same_encodings_as_the_passes_choose():
     sim = sim_of()
     model, _ = onnxq.PassManager(
