@@ -1,35 +1,41 @@
-"""What simulation costs a picture, beside the float model, the integer model and aimet-onnx.
+"""What simulation costs a picture, beside the float model and aimet-onnx.
 
     ONNXQ_ZOO=PATH python benchmarks/simulation.py [MODEL...] [--threads N] [--seconds N] [--quick]
     python benchmarks/simulation.py FILE.onnx --calib FOLDER
 
-Models run in turn in one process on one sample, in an order drawn anew each time. Shown are median
-milliseconds and quartiles, and lower quartiles over those of the float model. "exact" is the
-simulation to the bit, "fast" that at level all. Where aimet-onnx can be imported its simulation of
-the same float model runs, too, with the same encodings. They are exchanged both ways: lines below
-the table say how many tensors each side took over from the other's file, and by how much the ends
-of their ranges differ, in steps.
+Models run in turn on one sample, in an order drawn anew each time. Shown are median milliseconds
+and quartiles, and ratios of lower quartiles. "integers" is the default simulation, on the kernels
+that will be deployed; "floats" that without optimizations, to the bit; "fast floats" that at level
+all.
+
+aimet-onnx lives in an environment of its own: ONNXQ_AIMET=PYTHON names the Python that has it. Its
+simulation of the same float model runs there with the same encodings, timed by its own clock.
+Encodings are exchanged both ways: lines below the table say how many tensors each side took over
+from the other's file, and by how much the ends of their ranges differ, in steps.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import _zoo
 import numpy as np
-import onnx
 from _zoo import Feed, spread, stream
 
 import onnxq
-from onnxq.analysis.latency import NO_SPINNING, runs
+from onnxq.analysis.latency import NO_SPINNING, WARM_UP, runs
 from onnxq.encoding import Encodings
 from onnxq.runtime import Session
 
 MODELS = ("cifar_resnet20", "cifar_vit", "mobilenetv1_075")
-NAMES = ("float", "integers", "exact", "fast", "aimet-onnx")
+NAMES = ("float", "integers", "floats", "fast floats", "aimet-onnx")
+Ranges = Mapping[str, Sequence[Sequence[float]]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,101 +48,146 @@ def measure(source: Path, calib: Path, count: int, threads: int, seconds: float)
     sim.compute_encodings(feeds)
     with tempfile.TemporaryDirectory() as folder:
         files = sim.export(folder, "model")
-        fast = onnxq.QuantizationSimModel(files.model, threads=threads, level="all")
-        fast.load_encodings(files.encodings)
         sessions: dict[str, Any] = {
             "float": Session(files.model, threads=threads, config=NO_SPINNING),
-            "integers": Session(files.qdq, threads=threads, config=NO_SPINNING),
-            "exact": Runner(sim.session),
-            "fast": Runner(fast.session),
+            "integers": Simulation(sim),
         }
+        for name, level in (("floats", "disabled"), ("fast floats", "all")):
+            other = onnxq.QuantizationSimModel(
+                files.model, threads=threads, arithmetic="float", level=level
+            )
+            other.load_encodings(files.encodings)
+            sessions[name] = Simulation(other)
+        peer = os.environ.get("ONNXQ_AIMET")
+        if peer:
+            sessions["aimet-onnx"] = Aimet(peer, files, feeds, Path(folder), threads)
+        times = runs([*sessions.values()], feeds[0], seconds=seconds)
+        found = dict(zip(sessions, times, strict=True))
         exchange = None
-        if (theirs := aimet(files, threads)) is not None:
-            sessions["aimet-onnx"] = Runner(theirs.session)
-            exchange = {
-                "there": matched(theirs, sim.encodings),
-                "back": back(theirs, feeds, Path(folder)),
-            }
-    times = runs([*sessions.values()], feeds[0], seconds=seconds)
-    quartiles = [np.percentile(row, [25, 50, 75]).tolist() for row in times]
+        if peer:
+            with sessions["aimet-onnx"] as theirs:
+                found["aimet-onnx"] = np.array(theirs.ms[WARM_UP:])
+                exchange = {
+                    "there": matched(theirs.ranges, sim.encodings),
+                    "back": back(theirs, Path(folder)),
+                }
     return {
         "model": source.stem,
         "threads": threads,
-        "runs": len(times[0]),
-        "ms": dict(zip(sessions, quartiles, strict=True)),
+        "runs": len(found["float"]),
+        "ms": {n: np.percentile(row, [25, 50, 75]).tolist() for n, row in found.items()},
         "exchange": exchange,
     }
 
 
-class Runner:
-    """A session of onnxruntime's face, as what is timed runs."""
+class Simulation:
+    """A simulation, as what is timed runs."""
 
-    def __init__(self, session: Any) -> None:
-        self._session = session
+    def __init__(self, sim: onnxq.QuantizationSimModel) -> None:
+        self._session = sim.session
 
-    def run_shared(self, feed: Feed) -> Any:
+    def run(self, feed: Feed) -> Any:
         return self._session.run(None, feed)
-
-    run = run_shared
 
 
 # ---------------------------------------------------------------------- aimet-onnx
 
 
-def aimet(files: Any, threads: int) -> Any:
-    """Their simulation of the exported float model with our encodings; None if not installed."""
-    try:
-        from aimet_onnx import QuantizationSimModel
-        from aimet_onnx.quantsim import load_encodings_to_sim
-    except ImportError:
-        return None
-    options = {"intra_op_num_threads": threads}
-    theirs = QuantizationSimModel(onnx.load(files.model), session_options_kwargs=options)
-    load_encodings_to_sim(theirs, str(files.encodings), strict=False)
-    return theirs
+class Aimet:
+    """Their simulation of the exported float model with our encodings, in a process of its own."""
+
+    def __init__(
+        self, python: str, files: Any, feeds: Sequence[Feed], folder: Path, threads: int
+    ) -> None:
+        samples = folder / "samples.npz"
+        arrays = {
+            f"{i}/{name}": array for i, feed in enumerate(feeds) for name, array in feed.items()
+        }
+        np.savez(samples, **arrays)
+        script = Path(__file__).with_name("_aimet.py")
+        given = (files.model, files.encodings, samples, folder, threads)
+        self._log = (folder / "aimet.log").open("w+")
+        self._process = subprocess.Popen(
+            [python, str(script), *map(str, given)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.ranges: Ranges = self._answer()
+        self.ms: list[float] = []
+
+    def run(self, feed: Feed) -> None:
+        """Run the first sample there."""
+        self.ms.append(self._ask(""))
+
+    def calibrate(self) -> Ranges:
+        """Compute encodings there, and export them; the ranges."""
+        ranges: Ranges = self._ask("calibrate")
+        return ranges
+
+    def _ask(self, line: str) -> Any:
+        assert self._process.stdin is not None
+        print(line, file=self._process.stdin, flush=True)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._log.seek(0)
+            raise SystemExit(f"aimet-onnx failed:\n{self._log.read()[-2000:]}")
+        return json.loads(line)
+
+    def __enter__(self) -> Aimet:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()  # type: ignore[union-attr]  # of a pipe
+        self._log.close()
 
 
-def matched(theirs: Any, ours: Encodings) -> dict[str, float]:
+def matched(theirs: Ranges, ours: Encodings) -> dict[str, float]:
     """How many tensors have a quantizer there and an encoding here, and how far they are apart."""
-    quantizers = {n: q for n, q in theirs.qc_quantize_op_dict.items() if q.enabled}
     apart, both = 0.0, 0
     for name, encoding in ours.items():
-        if name not in quantizers:
+        if name not in theirs:
             continue
-        known, both = quantizers[name].get_encodings(), both + 1
-        for end, steps in (("min", encoding.qmin), ("max", encoding.qmax)):
+        both += 1
+        for got, steps in zip(theirs[name], (encoding.qmin, encoding.qmax), strict=True):
             wanted = (steps - encoding.zero_point.astype(np.float64)) * encoding.scale
-            got = np.array([getattr(e, end) for e in known])
-            apart = max(apart, float(np.max(np.abs(got - wanted.reshape(-1)) / encoding.scale)))
-    return {"ours": len(ours), "theirs": len(quantizers), "both": both, "apart": apart}
+            apart = max(
+                apart, float(np.max(np.abs(np.array(got) - wanted.reshape(-1)) / encoding.scale))
+            )
+    return {"ours": len(ours), "theirs": len(theirs), "both": both, "apart": apart}
 
 
-def back(theirs: Any, feeds: list[Feed], folder: Path) -> dict[str, float]:
+def back(theirs: Aimet, folder: Path) -> dict[str, float]:
     """The same of encodings that they compute and we load."""
-    theirs.compute_encodings(feeds)
-    theirs.export(str(folder), "theirs")
+    ranges = theirs.calibrate()
     sim = onnxq.QuantizationSimModel(folder / "theirs.onnx")
     sim.load_encodings(folder / "theirs.encodings")
-    return matched(theirs, sim.encodings)
+    return matched(ranges, sim.encodings)
 
 
 # ---------------------------------------------------------------------- tables
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"| model | {' | '.join(f'{name} ms' for name in NAMES)} | exact / float | fast / float"
-        " | aimet-onnx / float | aimet-onnx / exact |",
-        f"| {' | '.join(['---'] * (5 + len(NAMES)))} |",
+    ratios = [
+        *((name, "float") for name in ("integers", "floats", "fast floats")),
+        *(("aimet-onnx", name) for name in ("integers", "floats", "fast floats")),
     ]
+    heads = ["model", *(f"{n} ms" for n in NAMES), *(f"{a} / {b}" for a, b in ratios)]
+    lines = [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * len(heads))} |"]
     for row in rows:
         ms = row["ms"]
         cells = [spread(ms.get(name), "not installed") for name in NAMES]
-        for top, under in (
-            *((name, "float") for name in ("exact", "fast", "aimet-onnx")),
-            ("aimet-onnx", "exact"),
-        ):
-            cells.append(f"{ms[top][0] / ms[under][0]:.2f}" if top in ms else "")
+        cells += [f"{ms[a][0] / ms[b][0]:.2f}" if a in ms else "" for a, b in ratios]
         lines.append(f"| {row['model']} | {' | '.join(cells)} |")
     for row in rows:
         for way, found in (row["exchange"] or {}).items():

@@ -11,11 +11,12 @@ import numpy as np
 
 from onnxq import api, encodings_json
 from onnxq.calibration import Calibration
+from onnxq.completion import completed
 from onnxq.encoding import Encoding, Encodings
 from onnxq.errors import CalibrationError
 from onnxq.fitting import channels, constants, without_moves
 from onnxq.model import Model, load
-from onnxq.pass_manager import PassManager
+from onnxq.pass_manager import Context, PassManager
 from onnxq.passes import Calibrate, FoldBatchNorm, InsertQDQ, LoadEncodings
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
@@ -51,7 +52,12 @@ def export(
     version: str = encodings_json.VERSION,
     float_model: _Path | None = None,
     target: str | Target = "ort-cpu",
-) -> Encodings:
+    complete: Any = None,
+    limit: int | None = None,
+    preprocess: Any = None,
+    threads: int = 0,
+    progress: Progress | None = None,
+) -> tuple[Encodings, list[str]]:
     """Write the encodings that a Q/DQ model is made of.
 
     Args:
@@ -61,16 +67,32 @@ def export(
         float_model: Where to write the model without QuantizeLinear and DequantizeLinear, whose
             tensors the encodings name; None: nowhere.
         target: What the Q/DQ model is for.
+        complete: Samples, in any form that `Calibration` takes, for ranges of what AIMET's default
+            configuration rounds and the Q/DQ model does not; None: nothing is added.
+        limit: Use at most so many samples.
+        preprocess: Preset or TOML file that turns pictures into inputs.
+        threads: Threads for onnxruntime; 0 for all cores.
+        progress: Where progress is shown.
+
+    Returns:
+        What was written; and what was left out, one sentence each.
 
     Raises:
         OnnxqError: Anything that the user can mend; no file is written then.
     """
     model, found = unquantized(load(source), target)
-    text = _text(found, version, model, target)
+    notes: list[str] = []
+    if complete is None:
+        text = _text(found, version, model, target)
+    else:
+        data = Calibration(complete, limit=limit, preprocess=preprocess)
+        ctx = Context(data, target=target, threads=threads, progress=progress)
+        found, notes = completed(model, found, ctx)
+        text = encodings_json.dumps(found, version, constants(model))
     if float_model is not None:
         model.save(float_model)
     encodings_json.write(text, destination)
-    return found
+    return found, notes
 
 
 def convert(

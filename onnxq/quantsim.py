@@ -13,18 +13,20 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import onnx
 
 from onnxq import encodings_json
 from onnxq.api import check_outputs
 from onnxq.calibration import Calibration
+from onnxq.completion import completed
 from onnxq.encoding import DTYPES, Encodings, Format
 from onnxq.errors import CalibrationError, RecipeError, did_you_mean
 from onnxq.fitting import channels, constants, fit, lacking, share_moves, without_moves
 from onnxq.formats import WORDS, LayerFormat
 from onnxq.model import Model
+from onnxq.observed_session import ObservedSession
 from onnxq.pass_manager import Context, Pass, PassManager
 from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
 from onnxq.placement import place
@@ -34,10 +36,12 @@ from onnxq.runtime import Level, Session
 from onnxq.sim_session import SimSession
 from onnxq.simulation import fold_dequantized
 from onnxq.spool import Spool
-from onnxq.statistics import Method
+from onnxq.statistics import Method, Statistics, needs_histogram
 from onnxq.targets import Target, target_named
 
-__all__ = ["Exported", "QuantizationSimModel"]
+__all__ = ["Arithmetic", "Exported", "QuantizationSimModel"]
+
+Arithmetic = Literal["integer", "float"]
 
 # How AIMET calls the ways to choose a range.
 _SCHEMES: dict[Any, Method] = {
@@ -54,6 +58,8 @@ _SCHEMES: dict[Any, Method] = {
 _FLOATS = {"session.disable_quant_qdq": "1"}
 # Sums in the order in which floats behind a DequantizeLinear are added, as constants need not be.
 _EXACT = {"session.disable_prepacking": "1"}
+# Those of onnxruntime that make integer kernels of Q/DQ.
+_FUSING: tuple[Level, ...] = ("extended", "all")
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,20 @@ class QuantizationSimModel:
     """A float model that computes as its quantized version does, to the bit.
 
     What is rounded is what the target rounds: `model` is the float model with constants folded and
-    BatchNormalization in the weights, and `session` runs the Q/DQ model that `export` writes, on
-    floats, with every constant as the float that its integers stand for.  Types that the target has
-    no kernels for, from 2 to 16 bits, are simulated as exactly; `simulated_only` names them.
+    BatchNormalization in the weights, and `session` runs the Q/DQ model that `export` writes.
+
+    With ``arithmetic="integer"`` it runs as it will be deployed: onnxruntime makes integer kernels
+    of Q/DQ where it has some, and the rest, types without kernels among it, computes in floats
+    between Q and DQ.  Outputs are those of the exported file in a session of onnxruntime's defaults
+    on this machine.  Its kernels decide: on x86-64 without VNNI, sums of two products saturate at
+    16 bits, and the session shows that, too.
+
+    With ``arithmetic="float"`` everything computes in floats between Q and DQ, with every constant
+    as the float that its integers stand for, on any machine alike: outputs are those of the
+    exported file in a session without optimizations.
+
+    Types that the target has no kernels for, from 2 to 16 bits, are exact in both; `simulated_only`
+    names them.
 
     Attributes:
         model: The float model with its encodings.
@@ -87,8 +104,9 @@ class QuantizationSimModel:
             or a method of `onnxq.passes.Calibrate`.
         exclude: Globs on node names and operator types that stay in float.
         target: What the model is to run on.
-        level: How far onnxruntime optimizes the simulation: disabled, to the bit as the exported
-            model without optimizations; all, faster, and the same but for ties.
+        arithmetic: "integer", as deployed, or "float", as ONNX defines Q/DQ.
+        level: How far onnxruntime optimizes the session; none: all for integers, which also run at
+            "extended", and disabled for floats. There "all" is faster, and the same but for ties.
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -106,14 +124,15 @@ class QuantizationSimModel:
         quant_scheme: str = "tf_enhanced",
         exclude: Sequence[str] = (),
         target: str | Target = "ort-cpu",
-        level: Level = "disabled",
+        arithmetic: Arithmetic = "integer",
+        level: Level | None = None,
         seed: int = 0,
         threads: int = 0,
         progress: Progress | None = None,
     ) -> None:
         self._target = target_named(target)
         self._settings: dict[str, Any] = {"seed": seed, "threads": threads, "progress": progress}
-        self._level: Level = level
+        self._arithmetic, self._level = arithmetic, _level(arithmetic, level)
         activations = _activations(activation_type)
         self._calibrate = Calibrate(
             weights=str(_weights(param_type)),
@@ -212,8 +231,9 @@ class QuantizationSimModel:
             sim.compute_encodings(samples)             # anything that Calibration takes
             sim.compute_encodings(evaluate, 500)       # evaluate(session, 500) feeds them
 
-        A callback gets a session that runs the float model.  What is fed to it is kept in a
-        temporary file, so that memory does not grow, and observed as samples are.
+        A callback gets a session that runs the float model, and what runs through it is observed on
+        the way: once, in constant memory.  For ``tf_enhanced``, what is fed is kept in a temporary
+        file, as ranges of inputs take a second look.
 
         Args:
             inputs: The samples; or the callback.
@@ -232,26 +252,34 @@ class QuantizationSimModel:
             inputs, callback = None, inputs
         if (inputs is None) == (callback is None):
             raise CalibrationError("give samples, or a callback that feeds them: one of the two")
+        statistics = None
         if callback is not None:
-            inputs = self._fed(callback, forward_pass_callback_args)
+            inputs, statistics = self._fed(callback, forward_pass_callback_args)
         elif forward_pass_callback_args is not ...:
             raise CalibrationError("arguments of a callback, but no callback")
         self.model.encodings, self._session = Encodings(), None
-        self._run([self._calibrate], inputs)
+        self._run([self._calibrate], inputs, statistics=statistics)
         self._obey_frozen()
         return self.report
 
-    def _fed(self, callback: Callable[..., Any], argument: Any) -> Spool:
-        """The samples that a callback feeds to the float model."""
-        spool = Spool(iter(()))
-        session = Session(self.model.to_proto(), threads=self._settings["threads"])
-        callback(SimSession(session, spool), *(() if argument is ... else (argument,)))
-        if not spool.count:
-            raise CalibrationError(
-                "the callback fed nothing to the session",
-                fix="let it call session.run(None, feed) for each sample",
-            )
-        return spool
+    def _fed(self, callback: Callable[..., Any], argument: Any) -> tuple[Spool | None, Statistics]:
+        """What a callback feeds to the float model, if it is looked at again, and statistics."""
+        step, model = self._calibrate, self.model.clone()
+        if model.opset < 13:
+            model.raise_opset(13)
+        names = step.observed(model, self._target.any_width)
+        spool = Spool(iter(())) if step.method == "mse" else None
+        threads = self._settings["threads"]
+        given = () if argument is ... else (argument,)
+        histogram = needs_histogram(step.method)
+        with ObservedSession(model, names, histogram=histogram, threads=threads) as session:
+            callback(SimSession(session, spool), *given)
+            if not session.count:
+                raise CalibrationError(
+                    "the callback fed nothing to the session",
+                    fix="let it call session.run(None, feed) for each sample",
+                )
+            return spool, session.statistics()
 
     def _obey_frozen(self) -> None:
         """Give frozen tensors their encodings, and what is moved from or to them, too."""
@@ -308,10 +336,16 @@ class QuantizationSimModel:
         self._session = None
         return self.report
 
-    def _run(self, steps: Sequence[Pass], inputs: Any) -> None:
+    def _run(
+        self, steps: Sequence[Pass], inputs: Any, statistics: Statistics | None = None
+    ) -> None:
         data = None if inputs is None or isinstance(inputs, Calibration) else Calibration(inputs)
         self.model, self.report = PassManager(*steps)(
-            self.model, data or inputs, target=self._target.any_width, **self._settings
+            self.model,
+            data or inputs,
+            target=self._target.any_width,
+            statistics=statistics,
+            **self._settings,
         )
 
     # ---------------------------------------------------------------------- what comes out
@@ -327,17 +361,17 @@ class QuantizationSimModel:
         state = dict(known.tensors), dict(known.float_nodes)
         if self._session is None or self._state != state:
             self._state = state
-            written = self._written(stored="int8")
-            fold_dequantized(written)
-            self._session = SimSession(
-                Session(
-                    written.to_proto(),
-                    threads=self._settings["threads"],
-                    level=self._level,
-                    config=_FLOATS | (_EXACT if self._level == "disabled" else {}),
-                )
-            )
+            self._session = SimSession(self._simulation())
         return self._session
+
+    def _simulation(self) -> Session:
+        threads, level = self._settings["threads"], self._level
+        if self._arithmetic == "integer":
+            return Session(self._written().to_proto(), threads=threads, level=level)
+        written = self._written(stored="int8")
+        fold_dequantized(written)
+        config = _FLOATS | (_EXACT if level == "disabled" else {})
+        return Session(written.to_proto(), threads=threads, level=level, config=config)
 
     @property
     def simulated_only(self) -> dict[str, str]:
@@ -362,6 +396,7 @@ class QuantizationSimModel:
         export_model: bool = True,
         *,
         encoding_version: str = "1.0.0",
+        complete: Any = None,
     ) -> Exported:
         """Write the encodings, the float model that they belong to, and the Q/DQ model.
 
@@ -373,6 +408,9 @@ class QuantizationSimModel:
             filename_prefix: How the names of the files begin.
             export_model: Whether to write the models, too.
             encoding_version: 0.6.1, 1.0.0 or 2.0.0.
+            complete: Samples, so that the encodings name every tensor that AIMET's default
+                configuration quantizes, and no other, as its ``strict=True`` wants: also those that
+                no integer kernel needs, which then are rounded there. None: what is rounded here.
 
         Raises:
             OnnxqError: A file cannot be written, or the version has no words for an encoding.
@@ -386,7 +424,11 @@ class QuantizationSimModel:
         check_outputs((files.encodings, files.model, files.qdq), models=[self.model.path])
         written = self._written()
         known = self.model.encodings
-        if encoding_version in encodings_json.OLD:
+        if complete is not None:
+            ctx = Context(complete, target=self._target.any_width, **self._settings)
+            known, notes = completed(self.model, known, ctx, self._calibrate.method)
+            self.report.notes.extend(notes)
+        elif encoding_version in encodings_json.OLD:
             known = without_moves(self.model, known, self._target)
         text = encodings_json.dumps(known, encoding_version, constants(self.model))
         if files.model is not None and files.qdq is not None:
@@ -423,6 +465,26 @@ def _activations(text: str) -> Format:
     if wanted.dtype == "float":
         return wanted
     return replace(wanted, dtype=f"uint{DTYPES[wanted.dtype][0]}")
+
+
+def _level(arithmetic: Arithmetic, level: Level | None) -> Level:
+    """How far onnxruntime is to optimize.
+
+    Raises:
+        RecipeError: No such arithmetic, or one that this level does not compute in.
+    """
+    known = get_args(Arithmetic)
+    if arithmetic not in known:
+        hint = did_you_mean(str(arithmetic), known, f"take {' or '.join(known)}")
+        raise RecipeError(f"no arithmetic {arithmetic!r}", fix=hint)
+    if arithmetic == "float":
+        return level or "disabled"
+    if level not in (None, *_FUSING):
+        raise RecipeError(
+            f"at level {level!r} onnxruntime runs no integer kernels",
+            fix=f"take {' or '.join(_FUSING)}, or arithmetic='float'",
+        )
+    return level or "all"
 
 
 def _method(scheme: Any) -> Method:

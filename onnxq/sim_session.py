@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from onnxq.errors import ModelError, did_you_mean
-from onnxq.runtime import Session
 from onnxq.signature import TensorSpec
 from onnxq.spool import Spool
 
-__all__ = ["Argument", "SimSession"]
+__all__ = ["Argument", "Runs", "SimSession"]
+
+
+class Runs(Protocol):
+    """What computes: a Session, or what has its face."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+
+    def run(self, feed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs by name."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class SimSession:
         spool: Where the feeds are kept while encodings are computed; None: nowhere.
     """
 
-    def __init__(self, session: Session, spool: Spool | None = None) -> None:
+    def __init__(self, session: Runs, spool: Spool | None = None) -> None:
         self._session = session
         self._spool = spool
 

@@ -22,10 +22,13 @@ from onnxq.kernels import ranges
 from onnxq.runtime import Session, cores
 
 __all__ = [
+    "Found",
     "Method",
+    "Observer",
     "Statistics",
     "TensorStatistics",
     "check_method",
+    "needs_histogram",
     "observe",
 ]
 
@@ -313,6 +316,11 @@ _NUMBERS = {
 _Counts = dict[str, tuple[np.ndarray, np.ndarray]]  # tensor -> bins and grid
 
 
+def needs_histogram(method: Method) -> bool:
+    """Whether the method chooses ranges by more than extremes."""
+    return method in ("percentile", "entropy", "mse")
+
+
 def check_method(method: str, percentile: float) -> None:
     """Refuse what `TensorStatistics.range` could not do.
 
@@ -368,10 +376,10 @@ def observe(
     for name in names:
         if name not in known:
             raise ModelError(f"the session does not put out {name!r}", fix="make it an output")
-    observer = _Observer(session, tuple(dict.fromkeys(names)), histogram, frozenset(channels))
+    observer = Observer(session, tuple(dict.fromkeys(names)), histogram, frozenset(channels))
     streams = threads or _streams(session)
     pool = ThreadPoolExecutor(streams, thread_name_prefix="onnxq-observe")
-    pending: deque[Future[_Found]] = deque()
+    pending: deque[Future[Found]] = deque()
     room = 0  # the first sample runs alone, and tells how much memory a sample takes
 
     def finish() -> None:
@@ -419,7 +427,7 @@ def _streams(session: Session) -> int:
 
 
 @dataclass
-class _Found:
+class Found:
     """What one sample told: moments and channels of its tensors, and how many bytes they were."""
 
     moments: dict[str, counting.Moments]
@@ -427,8 +435,15 @@ class _Found:
     bytes: int
 
 
-class _Observer:
-    """Collects what the samples of one run tell."""
+class Observer:
+    """Collects what the samples of one run tell.
+
+    Args:
+        session: Puts out the tensors.
+        names: Those that are observed.
+        histogram: Whether histograms are kept.
+        channels: Those of the tensors whose channels' extremes are kept, too.
+    """
 
     def __init__(
         self, session: Session, names: tuple[str, ...], histogram: bool, channels: frozenset[str]
@@ -443,14 +458,23 @@ class _Observer:
         # nothing is ever shared. Counts add up to the same in any order.
         self.counts: list[_Counts] = []
 
-    def run(self, index: int, feed: Mapping[str, np.ndarray]) -> _Found:
+    def run(self, index: int, feed: Mapping[str, np.ndarray]) -> Found:
         """Run one sample and observe its tensors; called by many threads at once."""
-        arrays = self.session.run_shared(feed)
+        return self.look(index, feed, self.session.run_shared(feed))
+
+    def look(
+        self, index: int, feed: Mapping[str, np.ndarray], arrays: dict[str, np.ndarray]
+    ) -> Found:
+        """Observe the tensors of a sample, which leave the arrays one by one.
+
+        Raises:
+            CalibrationError: Values that are not finite.
+        """
         try:
             counts = self.counts.pop()
         except IndexError:
             counts = {}
-        found = _Found({}, {}, 0)
+        found = Found({}, {}, 0)
         for name in self.names:
             array = feed[name] if name in self.inputs else arrays.pop(name, None)
             if array is None or array.dtype not in (np.float16, np.float32, np.float64):
@@ -474,7 +498,7 @@ class _Observer:
         self.counts.append(counts)
         return found
 
-    def include(self, found: _Found) -> None:
+    def include(self, found: Found) -> None:
         """Add the moments of the next sample in order: sums and averages depend on it."""
         for name, m in found.moments.items():
             t = self.tensors.setdefault(name, TensorStatistics())

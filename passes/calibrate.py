@@ -22,7 +22,7 @@ from onnxq.model import Layer, Model, consumers, producer
 from onnxq.ops import bias_input
 from onnxq.pass_manager import Changes, Context
 from onnxq.placement import Ends, Placement, data_inputs, gate_factor, match_nodes, place
-from onnxq.statistics import Method, TensorStatistics, check_method
+from onnxq.statistics import Method, TensorStatistics, check_method, needs_histogram
 from onnxq.targets import Target
 from onnxq.weight_only import in_blocks, unfit
 
@@ -145,6 +145,18 @@ class Calibrate:
     def _activations(self) -> Format:
         assert self.activations is not None
         return Format.parse(self.activations)
+
+    def observed(self, model: Model, target: Target) -> list[str]:
+        """The tensors that it asks statistics of, for whoever has them on the way.
+
+        Args:
+            model: The model, operator set 13 or later.
+            target: What the model is to run on.
+        """
+        activations = Format.parse(self.activations or target.activations[0])
+        if activations.dtype == "float":
+            return []
+        return _Flow.of(place(model, target, self.exclude, activations.dtype)).observed
 
     def _encode(self, model: Model, ctx: Context) -> Changes:
         changes = Changes()
@@ -357,6 +369,34 @@ def _above_flat(
     return np.take_along_axis(tried, first[:, None], 1)[:, 0]
 
 
+@dataclass(frozen=True)
+class _Flow:
+    """Where the values of activations come from.
+
+    Args:
+        source: Each tensor -> the one that it is moved from, or itself.
+        joined: Results of Concat that have the statistics of their inputs.
+        observed: Those that samples have to tell of.
+    """
+
+    source: dict[str, str]
+    joined: set[str]
+    observed: list[str]
+
+    @classmethod
+    def of(cls, placement: Placement) -> _Flow:
+        source = {name: name for name in placement.tensors}
+        for name, result in placement.moves:
+            source[result] = source[name]
+        # a Concat of activations alone has the statistics of its inputs
+        joined = {
+            out
+            for names, out in placement.joins
+            if out not in placement.bounds and all(n in source for n in names)
+        }
+        return cls(source, joined, [n for n in dict.fromkeys(source.values()) if n not in joined])
+
+
 class _Activations:
     """Encodings of activations: statistics, shared groups, bounds."""
 
@@ -366,22 +406,13 @@ class _Activations:
         self.format = step._activations
         self.placement = placement
         self.fixed = self._fixed(model)
-        self.source = {name: name for name in placement.tensors}
-        for name, result in placement.moves:
-            self.source[result] = self.source[name]
-        # a Concat of activations alone has the statistics of its inputs
-        joined = {
-            out
-            for names, out in placement.joins
-            if out not in placement.bounds and all(n in self.source for n in names)
-        }
+        flow = _Flow.of(placement)
+        self.source, joined, observed = flow.source, flow.joined, flow.observed
         roots = dict.fromkeys(self.source.values())
-        observed = [n for n in roots if n not in joined]
-        histogram = step.method in ("percentile", "entropy", "mse")
         self.formats = self._formats(model)
         self.exits = self._exits()
         self.known: dict[str, Distribution] = {}
-        measured = self._statistics(model, ctx, observed, histogram)
+        measured = self._statistics(model, ctx, observed, needs_histogram(step.method))
         self.gates = {n: f for n, f in _gates(model).items() if n in self.source}
         self.readers = self._count_readers(model)
         self.statistics: dict[str, TensorStatistics] = {n: measured[n] for n in observed}

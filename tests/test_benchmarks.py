@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnxq.encoding import Encoding, Encodings
+from onnxq.quantsim import Exported
+
 ROOT = Path(__file__).parent.parent
 MODEL, CALIB = (ROOT / "examples" / "digits" / name for name in ("digits.onnx", "calib"))
 
@@ -224,23 +227,52 @@ def test_without_the_zoo_a_benchmark_says_so_and_make_goes_on(scripts, monkeypat
     assert f"[ $$? = {scripts['_zoo'].SKIPPED} ]" in bench
 
 
-def test_simulation(scripts, tmp_path, capsys):
+def test_simulation(scripts, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("ONNXQ_AIMET", raising=False)
     scripts["simulation"].main([str(MODEL), "--calib", str(CALIB), "--quick"])
     (row,) = json.loads((tmp_path / "simulation.json").read_text())
-    assert [*row["ms"]][:4] == ["float", "integers", "exact", "fast"]
+    names = ["float", "integers", "floats", "fast floats"]
+    assert [*row["ms"]] == names
     cells = rows(capsys.readouterr().out)["digits"]
-    for cell, name in zip(cells[5:7], ("exact", "fast"), strict=True):
+    for cell, name in zip(cells[5:8], names[1:], strict=True):
         assert float(cell) == pytest.approx(row["ms"][name][0] / row["ms"]["float"][0], abs=0.006)
 
 
 def test_what_an_exchange_of_encodings_tells(scripts):
-    ms = {name: [1.0, 2.0, 3.0] for name in ("float", "integers", "exact", "fast")}
+    ms = {name: [1.0, 2.0, 3.0] for name in ("float", "integers", "floats", "fast floats")}
     found = {"ours": 5, "theirs": 4, "both": 3, "apart": 0.25}
     with_theirs = {"model": "m", "ms": {**ms, "aimet-onnx": [8.0, 9.0, 10.0]}}
     text = scripts["simulation"].table([{**with_theirs, "exchange": {"there": found}}])
-    assert rows(text)["m"][-2:] == ["8.00", "8.00"]
+    assert rows(text)["m"][-3:] == ["8.00", "8.00", "8.00"]
     assert "our encodings there: 3 tensors matched, of 5 here and 4 there" in text
     assert "within 2.5e-01 steps" in text
     alone = scripts["simulation"].table([{"model": "m", "ms": ms, "exchange": None}])
     assert rows(alone)["m"][4] == "not installed"
-    assert rows(alone)["m"][-2:] == ["", ""]
+    assert rows(alone)["m"][-3:] == ["", "", ""]
+
+
+def test_the_other_side_answers_by_lines(scripts, tmp_path, monkeypatch):
+    """Times and ranges that another process tells, and what it said where it fails."""
+    simulation = scripts["simulation"]
+    script = tmp_path / "_aimet.py"
+    script.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'t': [[-1.0], [2.0]]}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    if line.strip(): sys.exit('no such thing as ' + line)\n"
+        "    print(7.5, flush=True)\n"
+    )
+    monkeypatch.setattr(simulation, "__file__", str(tmp_path / "simulation.py"))
+    files = Exported(tmp_path / "e", tmp_path / "m", None)
+    feed = {"x": np.zeros((1, 3), np.float32)}
+    with simulation.Aimet(sys.executable, files, [feed], tmp_path, 1) as theirs:
+        assert theirs.ranges == {"t": [[-1.0], [2.0]]}
+        theirs.run(feed)
+        theirs.run(feed)
+        assert theirs.ms == [7.5, 7.5]
+        with pytest.raises(SystemExit, match="no such thing as calibrate"):
+            theirs.calibrate()
+    encoding = Encoding("uint8", np.array(0.01, np.float32), np.array(100, np.int32))
+    found = simulation.matched(theirs.ranges, Encodings({"t": encoding, "u": encoding}))
+    assert (found["ours"], found["theirs"], found["both"]) == (2, 1, 1)
+    assert found["apart"] == pytest.approx(45, abs=1e-3)  # 1.55 is what the grid ends at

@@ -74,16 +74,28 @@ def encodings() -> None:
     help="Also write the model without QuantizeLinear and DequantizeLinear, whose tensors the"
     " encodings name.",
 )
+@click.option(
+    "--complete",
+    is_flag=True,
+    help="Name exactly the tensors that AIMET's default configuration rounds, as its strict loading"
+    " wants; ranges of those that the model does not round come from --calib.",
+)
+@calib
+@samples
 @target
+@threads
 @output
 def export(
     source: Path,
     destination: Path,
     version: str,
     float_model: Path | None,
+    complete: bool,
+    calib: Path | None,
     target: str | None,
     json_file: Path | None,
     quiet: bool,
+    **given: Any,
 ) -> None:
     """Write the encodings that a Q/DQ model is made of.
 
@@ -92,20 +104,29 @@ def export(
     Examples:
       onnxq encodings export out.onnx out.json
       onnxq encodings export out.onnx out.encodings --to 1.0.0 --float float.onnx
+      onnxq encodings export out.onnx out.encodings --to 1.0.0 --complete --calib samples/
     """
+    if complete != (calib is not None):
+        raise click.UsageError("--complete needs samples, and nothing else does: give both or none")
     from onnxq import api, encoding_files
 
-    api.check_outputs([destination, float_model, json_file], models=[source])
-    found = encoding_files.export(
+    made = [destination, float_model, json_file]
+    api.check_outputs(made, models=[source], others=[calib])
+    found, notes = encoding_files.export(
         source,
         destination,
         version=version,
         float_model=float_model,
         target=target or "ort-cpu",
+        complete=calib,
+        progress=progress(quiet),
+        **given,
     )
     write_json(json_file, {"encodings": len(found), "float_nodes": found.float_nodes})
     if not quiet:
         click.echo(f"{len(found)} encodings -> {destination}")
+        for note in notes:
+            click.echo(note)
 
 
 @encodings.command(epilog="See also: onnxq encodings diff, to see that nothing was lost.")

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 import onnxq
 from onnxq import encoding_files, encodings_json
 from onnxq.cli import main
+from onnxq.completion import rounded
 from onnxq.encoding import Encoding, Encodings
 from onnxq.errors import CalibrationError, OnnxqError, RecipeError
 from onnxq.model import load
@@ -47,6 +48,31 @@ def test_apply_makes_the_exported_model_again(folder, version, tmp_path):
     result = run("apply", folder / f"{version}.onnx", folder / f"{version}.encodings", out)
     assert result.exit_code == 0, result.output
     np.testing.assert_array_equal(logits(out), logits(folder / f"{version}.qdq.onnx"))
+
+
+def test_a_complete_file_keeps_what_is_known_and_adds_the_rest(folder, tmp_path):
+    source, out, plain = folder / "2.0.0.qdq.onnx", tmp_path / "all.json", tmp_path / "some.json"
+    assert run("export", source, plain).exit_code == 0
+    options = ("--complete", "--calib", CALIB, "--limit", 8, "--float", tmp_path / "float.onnx")
+    for version in ("1.0.0", "2.0.0"):
+        result = run("export", source, out, "--to", version, *options)
+        assert result.exit_code == 0, result.output
+        model = load(tmp_path / "float.onnx")
+        found = encoding_files.read(out, model)
+        assert found.keys() == {*rounded(model)}
+        known = encoding_files.read(plain)
+        assert {n: known[n] for n in found if n in known} == {
+            n: found[n] for n in found if n in known
+        }
+        assert found.keys() - known.keys() == {"logits", "depthwise/bn.out"}
+
+
+@pytest.mark.parametrize("options", [["--complete"], ["--calib", CALIB]])
+def test_samples_are_for_complete_files_alone(folder, options, tmp_path):
+    result = run("export", folder / "1.0.0.qdq.onnx", tmp_path / "out.json", *options)
+    assert result.exit_code == 2
+    assert "give both or none" in result.output
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_apply_folds_batch_normalization_first(folder, tmp_path):

@@ -10,8 +10,10 @@ import pytest
 import onnxq
 from onnxq import encodings_json
 from onnxq.calibration import Calibration
+from onnxq.completion import rounded
 from onnxq.encoding import Encoding
 from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError, TargetError
+from onnxq.fitting import channels
 from onnxq.model import load
 from onnxq.passes import GPTQ, AdaRound
 from onnxq.quantsim import QuantizationSimModel
@@ -61,13 +63,18 @@ WIDTHS = [
 ]
 
 
+# What onnxruntime runs the exported file at for the same bits.
+LEVELS = {"integer": "all", "float": "disabled"}
+
+
+@pytest.mark.parametrize("arithmetic", LEVELS)
 @pytest.mark.parametrize("options", WIDTHS)
-def test_it_is_the_exported_model_to_the_bit(options, tmp_path):
-    sim = sim_of(**options)
+def test_it_is_the_exported_model_to_the_bit(options, arithmetic, tmp_path):
+    sim = sim_of(**options, arithmetic=arithmetic)
     files = sim.export(tmp_path, "m")
     onnx.checker.check_model(files.qdq, full_check=True)
     onnx.checker.check_model(files.model, full_check=True)
-    wanted = outputs(load(files.qdq))
+    wanted = outputs(str(files.qdq), LEVELS[arithmetic])
     for got, want in zip(simulated(sim), wanted, strict=True):
         np.testing.assert_array_equal(got, want)
     assert not any(np.array_equal(w, f) for w, f in zip(wanted, outputs(sim.model), strict=True))
@@ -86,13 +93,28 @@ def test_what_is_exported_loads_again(options, version, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-def test_the_fast_level_agrees_but_for_ties():
-    sim, fast = sim_of(), sim_of(level="all")
+@pytest.mark.parametrize("options", [{"arithmetic": "float", "level": "all"}, {}])
+def test_arithmetics_and_levels_agree_but_for_ties(options):
+    sim, other = sim_of(arithmetic="float"), sim_of(**options)
     steps = max(float(np.max(e.scale)) for e in sim.encodings.values())
-    for got, want in zip(simulated(fast), simulated(sim), strict=True):
+    for got, want in zip(simulated(other), simulated(sim), strict=True):
         assert np.abs(got - want).max() <= 3 * steps
-    files = [np.concatenate(simulated(s)).argmax(axis=1) for s in (sim, fast)]
+    files = [np.concatenate(simulated(s)).argmax(axis=1) for s in (sim, other)]
     assert np.mean(files[0] == files[1]) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"arithmetic": "integers"}, r"no arithmetic 'integers'; did you mean integer\?"),
+        ({"arithmetic": 8}, "no arithmetic 8; take integer or float"),
+        ({"level": "disabled"}, "at level 'disabled' .* no integer kernels; take extended or all"),
+        ({"level": "basic"}, "arithmetic='float'"),
+    ],
+)
+def test_arithmetics_that_there_are_not(options, match):
+    with pytest.raises(RecipeError, match=match):
+        QuantizationSimModel(PROTO, **options)
 
 
 def test_more_bits_are_closer_to_float():
@@ -124,6 +146,31 @@ def test_a_callback_feeds_what_samples_do():
     alone = QuantizationSimModel(PROTO)
     alone.compute_encodings(lambda session: evaluate(session, 6))
     assert dict(alone.encodings) == dict(sim.encodings)
+
+
+@pytest.mark.parametrize("scheme", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("name", ["plain", "gated", "float"])
+def test_a_callback_runs_each_sample_once(name, scheme, monkeypatch):
+    gated = (
+        "g (float[N,3,10,10] x) => (float[] y) <float[6,3,3,3] w, float[4,12,1,1] v> {"
+        " k = Conv(x, w) s = Sigmoid(k) g = Mul(k, s) r = Relu(g) c = Concat<axis=1>(g, r)"
+        " p = MaxPool<kernel_shape=[2,2]>(c) y = Conv(p, v) }"
+    )
+    proto = parse(gated, opset=12) if name == "gated" else PROTO
+    options = {"quant_scheme": scheme}
+    if name == "float":
+        options["activation_type"] = "float"
+    feeds = [models.feeds(proto, seed=s) for s in range(6)]
+    wanted = QuantizationSimModel(proto, **options)
+    wanted.compute_encodings(feeds)
+
+    ran, run = [], Session.run_shared
+    monkeypatch.setattr(Session, "run_shared", lambda self, feed: ran.append(0) or run(self, feed))
+    sim = QuantizationSimModel(proto, **options)
+    sim.compute_encodings(lambda session: [session.run(None, feed) for feed in feeds])
+    assert len(ran) == len(feeds)
+    assert dict(sim.encodings) == dict(wanted.encodings)
+    assert sim.encodings.float_nodes == wanted.encodings.float_nodes
 
 
 def test_the_same_encodings_as_the_passes_choose():
@@ -260,7 +307,7 @@ def test_encodings_may_be_edited():
     sim.encodings["x"] = Encoding("uint8", np.array(0.5, np.float32), np.array(128, np.int32))
     after = simulated(sim)
     assert not any(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    for got, want in zip(after, outputs(sim.to_onnx_qdq()), strict=True):
+    for got, want in zip(after, outputs(sim.to_onnx_qdq(), "all"), strict=True):
         np.testing.assert_array_equal(got, want)
 
 
@@ -294,6 +341,23 @@ def test_export_without_models(tmp_path):
     files = sim_of().export(tmp_path, "m", export_model=False)
     assert (files.model, files.qdq) == (None, None)
     assert [f.name for f in tmp_path.iterdir()] == ["m.encodings"]
+
+
+def test_a_complete_export_names_what_aimet_rounds(tmp_path):
+    sim = sim_of()
+    files = sim.export(tmp_path, "m", complete=samples())
+    found = encodings_json.load(files.encodings, channels(sim.model))
+    assert {"y", "e"} <= found.keys() == {*rounded(sim.model)}
+    assert sim.encodings.keys() - found.keys() == {"p", "l"}  # moved data
+    assert {n: e for n, e in found.items() if n != "y"} == {
+        n: sim.encodings[n] for n in found if n != "y"
+    }
+    seen = np.concatenate(outputs(sim.model))[: len(samples())]
+    scores = found["y"]
+    assert scores.low <= seen.min() / 2
+    assert scores.high >= seen.max() / 2
+    assert "y" not in sim.encodings
+    assert sim.report.notes == []
 
 
 def test_passes_run_on_the_simulation():
