@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from onnxq import api, encodings_json
-from onnxq.calibration import Calibration
 from onnxq.encoding import Encoding, Encodings
 from onnxq.errors import CalibrationError
 from onnxq.fitting import channels, constants, without_moves
@@ -114,6 +113,7 @@ def apply(
     target: str | Target = "ort-cpu",
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     report: _Path | None = None,
     seed: int = 0,
     threads: int = 0,
@@ -134,6 +134,7 @@ def apply(
         target: What the model is to run on.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         report: A file for the report as a page (HTML).
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
@@ -148,9 +149,7 @@ def apply(
         )
     model = load(source)
     named = encodings_json.load(encodings, channels(model))
-    data = calib
-    if calib is not None and not isinstance(calib, Calibration):
-        data = Calibration(calib, limit=limit, preprocess=preprocess)
+    data = None if calib is None else api.calibration(calib, limit, preprocess, strict)
     steps: list[Any] = [FoldBatchNorm()] if _survives_folding(model, named) else []
     if complete:
         steps.append(Calibrate(exclude=exclude))
