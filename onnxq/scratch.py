@@ -137,8 +137,12 @@ def put_folder(scratch: Path, built: Path, target: Path, *, force: bool) -> None
         OSError: It cannot be done; what was there is as it was.
     """
     if not target.exists():
-        os.rename(built, target)
-    elif not force:
+        try:
+            return os.rename(built, target)
+        except OSError as error:  # another has put one there meanwhile
+            if not force or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    if not force:
         target.rmdir()
         os.rename(built, target)
     elif not _exchange(built, target):
