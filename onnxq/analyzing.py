@@ -64,6 +64,7 @@ def analyze(
     candidates: Candidates | None = None,
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
     threads: int = 0,
@@ -88,6 +89,7 @@ def analyze(
             with what it is expected to do to the outputs.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         resume: A folder where what is measured of finished layers is kept, and taken up again.
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
@@ -106,7 +108,7 @@ def analyze(
         )
     session = api.check_loads(before)
     ctx = Context(
-        api.calibration(calib, limit, preprocess),
+        api.calibration(calib, limit, preprocess, strict),
         seed=seed,
         target=target or "ort-cpu",
         threads=threads,
@@ -146,7 +148,7 @@ def analyze(
         layers = compressed(layers, candidates(model, ctx))
     gone = {n.name for n in before.graph.nodes} - {n.name for n in model.graph.nodes}
     lost = [x.name for x in before.layers() if x.name in gone]
-    notes = [*before.notes, *ctx.report.notes, *expected.notes]
+    notes = [*before.notes, *ctx.finish().notes, *expected.notes]
     if lost:
         notes.append(f"no output needs them: {', '.join(lost)}")
     notes += [f"tensor {name}: {what}" for name, what in known.broken.items()]

@@ -82,6 +82,7 @@ def quantize(
     exclude: Sequence[str] = (),
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     encodings: str | os.PathLike[str] | None = None,
     statistics: str | os.PathLike[str] | None = None,
     data_free: bool = False,
@@ -111,6 +112,7 @@ def quantize(
         exclude: Globs on node names and operator types that stay in float.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         encodings: Encodings to use instead of calibrating; they choose formats and ranges, so that
             weights, activations, formats and method must be left out.
         statistics: A file in which calibration statistics are kept for the next run.
@@ -148,6 +150,7 @@ def quantize(
         target=target,
         limit=limit,
         preprocess=preprocess,
+        strict=strict,
         statistics=statistics,
         data_free=data_free,
         report=report,
@@ -168,6 +171,7 @@ def run(
     target: str | Target | None = None,
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     statistics: str | os.PathLike[str] | None = None,
     data_free: bool = False,
     report: str | os.PathLike[str] | None = None,
@@ -202,7 +206,7 @@ def run(
         )
         data: Calibration | None = Calibration(made)
     else:
-        data = None if calib is None else calibration(calib, limit, preprocess)
+        data = None if calib is None else calibration(calib, limit, preprocess, strict)
     kept = None if statistics is None else Path(statistics)
     ctx = Context(
         data,
@@ -225,6 +229,7 @@ def run(
     after.set_metadata("onnxq.version", __version__)
     after.set_metadata("onnxq.recipe", _dumps(chosen, ctx.target))
     _measure(result, before, after, ctx)
+    ctx.finish()
     layers = ranges.finish(after)
     result.facts["weights"] = [layer.to_dict() for layer in layers]
     if kept is not None and ctx.observed is not None and not kept.exists():
@@ -320,6 +325,7 @@ def compare(
     *,
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     threads: int = 0,
     timed: bool = True,
     runs: int | None = None,
@@ -333,6 +339,7 @@ def compare(
         data: Samples in any form that `Calibration` takes.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         threads: Threads for onnxruntime; 0 for all cores.
         timed: Whether to time both, in turns, on the first sample.
         runs: Timed runs of each; None: as many as there are in about two seconds, at least ten.
@@ -341,7 +348,7 @@ def compare(
     Raises:
         OnnxqError: A model or a sample cannot be read, or their signatures differ.
     """
-    ctx = Context(calibration(data, limit, preprocess), threads=threads, progress=progress)
+    ctx = Context(calibration(data, limit, preprocess, strict), threads=threads, progress=progress)
     paths = [Path(p) for p in (reference, other)]
     if runs is not None and runs < 1:
         raise OnnxqError(f"runs: wanted 1 or more, got {runs}")
@@ -355,7 +362,7 @@ def compare(
             times = pair(sessions[0], sessions[1], next(iter(samples)), count=runs)
     sizes = (_bytes(paths[0]), _bytes(paths[1]))
     count = outputs[0].samples if outputs else 0
-    return Comparison(outputs, sizes, times, count, threads, ctx.report.notes)
+    return Comparison(outputs, sizes, times, count, threads, ctx.finish().notes)
 
 
 @dataclass(frozen=True)
@@ -481,12 +488,15 @@ def check_loads(model: Model) -> Session:
 
 
 def calibration(
-    source: Any, limit: int | None, preprocess: str | os.PathLike[str] | Preprocess | None
+    source: Any,
+    limit: int | None,
+    preprocess: str | os.PathLike[str] | Preprocess | None,
+    strict: bool = False,
 ) -> Calibration:
     """Samples, unless they are `Calibration` already."""
     if isinstance(source, Calibration):
         return source
-    return Calibration(source, limit=limit, preprocess=preprocess)
+    return Calibration(source, limit=limit, preprocess=preprocess, strict=strict)
 
 
 def is_quantized(model: Model) -> bool:

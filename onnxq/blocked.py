@@ -16,9 +16,7 @@ tensors are reordered as ever.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-import weakref
+import os
 from collections import Counter
 from collections.abc import Collection
 from math import gcd
@@ -29,6 +27,7 @@ import onnx
 from onnxq.errors import ModelError
 from onnxq.model_io import TWO_GB, serialized_size
 from onnxq.runtime import EXTERNAL_FOLDER, Session
+from onnxq.scratch import Scratch
 
 __all__ = ["any_order", "relieved"]
 
@@ -53,14 +52,13 @@ def any_order(model: onnx.ModelProto, names: Collection[str], *, threads: int = 
     """
     if not _may_block(model) or serialized_size(model) > TWO_GB:
         return Session(model, threads=threads)
-    folder = tempfile.mkdtemp(prefix="onnxq-")
+    scratch = Scratch()
     try:
-        session = _opened(model, names, threads, folder)
+        session = _opened(model, names, threads, os.fspath(scratch.path))
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        scratch.close()
         raise
-    # what was opened may have mapped its weights into memory
-    weakref.finalize(session, shutil.rmtree, folder, ignore_errors=True)
+    scratch.lasts(session)  # what was opened may have mapped its weights into memory
     return session
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.errors import CalibrationError
+from onnxq.errors import CalibrationError, UnreadableError
 from onnxq.feeds import Feed, Signature, as_array
 from onnxq.pictures import PRESETS, Preprocess
 from onnxq.readers import KINDS, Stored, find, read_npy, read_npz, read_pb, spread
@@ -47,6 +47,11 @@ class Calibration:
         limit: Use so many samples, a sample being one run of the model: of files, evenly spread
             over the folder in natural order; of anything else, the first.
         preprocess: For pictures: the name of a preset, a TOML file, or a `Preprocess`.
+        strict: Whether a file of a folder that cannot be read is an error. Else it is left out, and
+            counted in `skipped`.
+
+    Attributes:
+        skipped: Files that were left out, with the reason, as far as they have been come to.
 
     Raises:
         CalibrationError: There is nothing at the path, or the source is nothing of the kind.
@@ -59,11 +64,14 @@ class Calibration:
         *,
         limit: int | None = None,
         preprocess: str | os.PathLike[str] | Preprocess | None = None,
+        strict: bool = False,
     ) -> None:
         if limit is not None and (type(limit) is not int or limit < 1):
             raise CalibrationError(f"limit: wanted at least 1 sample, got {limit!r}")
         self.source = source
         self.limit = limit
+        self.strict = strict
+        self.skipped: dict[str, str] = {}
         self.preprocess = None if preprocess is None else Preprocess.of(preprocess)
         self._stream = _Stream(source)
         if isinstance(source, (str, os.PathLike)):
@@ -87,6 +95,16 @@ class Calibration:
     def notes(self) -> tuple[str, ...]:
         """What was assumed to make the samples; empty unless they are synthetic."""
         return self.source.notes if isinstance(self.source, Synthetic) else ()
+
+    @property
+    def skip_note(self) -> str | None:
+        """What the user should know of files that were left out; None if none were."""
+        if not self.skipped:
+            return None
+        count, (where, why) = len(self.skipped), next(iter(self.skipped.items()))
+        files = "sample skipped, which" if count == 1 else "samples skipped, which"
+        more = "" if count == 1 else f"; and {count - 1} more"
+        return f"{count} {files} cannot be read: {where}: {why}{more}"
 
     @property
     def is_synthetic(self) -> bool:
@@ -151,7 +169,7 @@ class Calibration:
                 ".pb": partial(read_pb, names=list(signature.specs)),
             }
             read = by_kind[kind]
-            return _Reader(lambda: ((os.fspath(f), read(f)) for f in files), len(files))
+            return _Reader(lambda: self._readable(files, read), len(files))
         arrays = _unnamed(read_npz(path)) if kind == ".npz" else read_npy(path)
         return _stack(arrays, os.fspath(path), signature, self.limit)
 
@@ -170,9 +188,9 @@ class Calibration:
         count, rest = _batches(len(files), spec, path)
 
         def read() -> Iterator[tuple[str, np.ndarray]]:
-            for i in range(0, count * rows, rows):
-                group = [preprocess.apply(f, spec) for f in files[i : i + rows]]
-                where = os.fspath(files[i])
+            pictures = self._readable(files, lambda f: preprocess.apply(f, spec))
+            while len(batch := [*islice(pictures, rows)]) == rows:
+                where, group = batch[0][0], [picture for _, picture in batch]
                 if len({p.shape for p in group}) > 1:
                     raise CalibrationError(
                         f"pictures differ in size, and the model takes {rows} at once",
@@ -182,6 +200,27 @@ class Calibration:
                 yield where, np.concatenate(group)
 
         return _Reader(read, count, rest, len(files))
+
+    def _readable(
+        self, files: Sequence[Path], read: Callable[[Path], Any]
+    ) -> Iterator[tuple[str, Any]]:
+        """What is in files; those that cannot be read are left out, unless that is an error."""
+        first: UnreadableError | None = None
+        some = False
+        for file in files:
+            where = os.fspath(file)
+            try:
+                found = read(file)
+            except UnreadableError as error:
+                if self.strict:
+                    raise
+                self.skipped[where] = error.what
+                first = first or error
+            else:
+                some = True
+                yield where, found
+        if first is not None and not some:
+            raise first
 
     # ---------------------------------------------------------------------- iterables
 

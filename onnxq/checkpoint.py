@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from onnxq.errors import OnnxqError
 from onnxq.model import Layer, Model
 from onnxq.report import write_text
+from onnxq.scratch import whole_file
 
 __all__ = ["Checkpoint", "Results", "fingerprint"]
 
@@ -78,11 +78,9 @@ class Checkpoint:
             arrays["scale"] = encoding.scale
         if layer.bias is not None:
             arrays["bias"] = layer.bias
-        beside = path.with_suffix(".part")
         try:
-            with beside.open("wb") as file:
+            with whole_file(path) as part, part.open("wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # of keywords alone
-            os.replace(beside, path)
         except OSError as error:
             raise _unwritable(path, error) from error
 

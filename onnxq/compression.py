@@ -37,6 +37,7 @@ def compress(
     then_quantize: bool = False,
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     report: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
     seed: int = 0,
@@ -63,6 +64,7 @@ def compress(
         then_quantize: Whether to quantize the result to int8, too, as the recipe `default` does.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         report: A file for the report as a page (HTML).
         resume: A folder where finished layers are kept, and taken up again.
         seed: Seed of every random choice.
@@ -109,6 +111,7 @@ def compress(
         calib,
         limit=limit,
         preprocess=preprocess,
+        strict=strict,
         report=report,
         resume=resume,
         seed=seed,

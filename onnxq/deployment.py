@@ -116,6 +116,7 @@ def deploy(
     data: Any = None,
     limit: int | None = None,
     preprocess: str | os.PathLike[str] | Preprocess | None = None,
+    strict: bool = False,
     force: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
@@ -133,6 +134,7 @@ def deploy(
         data: Samples to verify on, in any form that `Calibration` takes; None: made up.
         limit: Use at most so many of them; None: `SAMPLES`.
         preprocess: Preset or TOML file that turns pictures into inputs: goes into the manifest.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         force: Replace a folder that is not empty, once the new one is whole.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
@@ -159,7 +161,8 @@ def deploy(
         )
         samples = Calibration(made, limit=count)
     else:
-        samples = calibration(data, count, pictures if _are_pictures(data) else None).limited(count)
+        wanted = pictures if _are_pictures(data) else None
+        samples = calibration(data, count, wanted, strict).limited(count)
     ctx = Context(samples, target=target, threads=threads, progress=progress)
     with whole_folder(Path(destination), force=force) as folder:
         origin = folder / ("model.onnx" if model.path is None else f"{model.path.stem}.onnx")
@@ -197,6 +200,8 @@ def _build(
     share = fusion.integer_share(model, cost.tensor_shapes(model, next(iter(samples))), arm=True)
     if "MatMulNBits" in share.operators:
         notes.append("some layers have nothing but their weights in integers (MatMulNBits)")
+    if ctx.data is not None and ctx.data.skip_note is not None:
+        notes.append(ctx.data.skip_note)
     return Deployment(
         folder=origin.parent,
         model=origin.stem,

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from onnxq import api, encodings_json
-from onnxq.calibration import Calibration
 from onnxq.completion import completed
 from onnxq.encoding import Encoding, Encodings
 from onnxq.errors import CalibrationError
@@ -85,7 +84,7 @@ def export(
     if complete is None:
         text = _text(found, version, model, target)
     else:
-        data = Calibration(complete, limit=limit, preprocess=preprocess)
+        data = api.calibration(complete, limit, preprocess)
         ctx = Context(data, target=target, threads=threads, progress=progress)
         found, notes = completed(model, found, ctx)
         text = encodings_json.dumps(found, version, constants(model))
@@ -136,6 +135,7 @@ def apply(
     target: str | Target = "ort-cpu",
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     report: _Path | None = None,
     seed: int = 0,
     threads: int = 0,
@@ -156,6 +156,7 @@ def apply(
         target: What the model is to run on.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         report: A file for the report as a page (HTML).
         seed: Seed of every random choice.
         threads: Threads for onnxruntime; 0 for all cores.
@@ -170,9 +171,7 @@ def apply(
         )
     model = load(source)
     named = encodings_json.load(encodings, channels(model))
-    data = calib
-    if calib is not None and not isinstance(calib, Calibration):
-        data = Calibration(calib, limit=limit, preprocess=preprocess)
+    data = None if calib is None else api.calibration(calib, limit, preprocess, strict)
     steps: list[Any] = [FoldBatchNorm()] if _survives_folding(model, named) else []
     if complete:
         steps.append(Calibrate(exclude=exclude))

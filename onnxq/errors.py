@@ -13,6 +13,7 @@ __all__ = [
     "PassError",
     "RecipeError",
     "TargetError",
+    "UnreadableError",
     "UnsupportedError",
     "did_you_mean",
 ]
@@ -53,6 +54,10 @@ class RecipeError(OnnxqError, ValueError):
 
 class CalibrationError(OnnxqError):
     """Samples that cannot be read, or do not fit the model."""
+
+
+class UnreadableError(CalibrationError):
+    """A sample that cannot be read at all, beside which others may be fine."""
 
 
 class TargetError(OnnxqError):

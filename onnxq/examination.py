@@ -19,6 +19,7 @@ from onnxq.analysis.qdq import dequantize_before, grid_of, is_qdq
 from onnxq.analysis.saturation import Saturation, saturation
 from onnxq.analysis.storage import storage
 from onnxq.api import calibration, check_loads, is_quantized
+from onnxq.calibration import Calibration
 from onnxq.diagnosis import Agreement, Diagnosis, Kind, Mended, NodeState, View
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.mending import Mend, mend
@@ -44,6 +45,7 @@ def doctor(
     data: Any = None,
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     shapes: Mapping[str, Sequence[int]] | None = None,
     fix: str | os.PathLike[str] | None = None,
     threads: int = 0,
@@ -59,6 +61,7 @@ def doctor(
             None: made up.
         limit: Use at most so many of them; None: `SAMPLES`.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         shapes: Concrete shapes of dynamic inputs, for MACs.
         fix: Where to write a copy that is mended where that is safe; None writes none. Nothing is
             written if there is nothing to mend.
@@ -74,7 +77,9 @@ def doctor(
     notes = [*model.notes]
     model.infer()
     kind = _kind(model)
-    feeds = _feeds(model, session, data, SAMPLES if limit is None else limit, preprocess, notes)
+    count = SAMPLES if limit is None else limit
+    samples = None if data is None else calibration(data, count, preprocess, strict).limited(count)
+    feeds = _feeds(model, session, samples, count, preprocess, notes)
     macs = _macs(model, {**(feeds[0] if feeds else {}), **(shapes or {})})
     pairs: list[Saturation] = []
     if kind == "float":
@@ -149,23 +154,23 @@ def _overflows(pairs: Sequence[Saturation]) -> Iterator[Fault]:
 def _feeds(
     model: Model,
     session: Session,
-    data: Any,
+    samples: Calibration | None,
     count: int,
     preprocess: Any,
     notes: list[str],
 ) -> list[dict[str, np.ndarray]]:
     """Samples, given or made up; none, and a note, where none can be made up."""
     threads = session.threads
-    if data is not None:
-        samples = calibration(data, count, preprocess).limited(count)
-    else:
+    if samples is None:
         try:
             made = synthesize(model, count=count, preprocess=preprocess, threads=threads)
         except CalibrationError as problem:
             notes.append(f"numbers are not compared, give samples (--data): {problem.what}")
             return []
         samples = calibration(made, count, None)
-    return [*islice(iter(Context(samples, threads=threads).spread(session, 0)), count)]
+    feeds = [*islice(iter(Context(samples, threads=threads).spread(session, 0)), count)]
+    notes += [samples.skip_note] if samples.skip_note is not None else []
+    return feeds
 
 
 def _session(model: Model) -> Session:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import stat
-import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import onnx
@@ -15,6 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper
 
 from onnxq.errors import ModelError
+from onnxq.scratch import Scratch, alone, claim, synced, whole_file
 
 __all__ = [
     "TWO_GB",
@@ -161,32 +163,52 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, protected: Collection[Pat
     folder = path.parent
     if not folder.is_dir():
         raise ModelError("no such folder", where=folder, fix="create it first")
-    data = path.with_name(path.name + ".data")
-    count = 0
-    while data.resolve() in protected:
-        count += 1
-        data = path.with_name(f"{path.name}.{count}.data")
     try:
-        with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=folder) as scratch:
-            part = Path(scratch) / path.name
-            if serialized_size(proto) > TWO_GB:
-                onnx.save_model(
-                    proto, os.fspath(part), save_as_external_data=True, location=data.name
-                )
-            else:
+        if serialized_size(proto) > TWO_GB:
+            _write_in_two(proto, path, protected)
+        else:
+            with whole_file(path) as part:
                 part.write_bytes(proto.SerializeToString())
-            _check(part)
-            with part.open("rb") as stream:
-                os.fsync(stream.fileno())
-            if (part.parent / data.name).exists():
-                os.replace(part.parent / data.name, data)
-            os.replace(part, path)
+                _check(part)
     except OSError as error:
         raise ModelError(
             f"cannot be written: {error.strerror or error}",
             where=path,
             fix="check the folder's permissions and the space on the disk",
         ) from error
+
+
+def _write_in_two(proto: onnx.ModelProto, path: Path, protected: Collection[Path]) -> None:
+    """Write a model and its weights; the file that refers to them is what puts both into place.
+
+    So the weights take a name that is free, and those of the model that is replaced go last.
+    """
+    with Scratch(path.parent) as scratch:
+        part = scratch / path.name
+        data = next(
+            d for d in _data_files(path) if d.resolve() not in protected and claim(scratch, part, d)
+        )
+        onnx.save_model(proto, os.fspath(part), save_as_external_data=True, location=data.name)
+        _check(part)
+        synced(scratch / data.name)
+        synced(part)
+        os.replace(scratch / data.name, data)
+        with alone(path.parent):
+            before = external_files(path) - {*protected}
+            os.replace(part, path)
+            for old in before:
+                if old.parent == path.parent.resolve() and _is_data_of(path, old):
+                    old.unlink(missing_ok=True)
+
+
+def _data_files(path: Path) -> Iterator[Path]:
+    """The names that the weights of a model file may have, in order."""
+    yield path.with_name(f"{path.name}.data")
+    yield from (path.with_name(f"{path.name}.{i}.data") for i in count(1))
+
+
+def _is_data_of(path: Path, data: Path) -> bool:
+    return re.fullmatch(re.escape(path.name) + r"(\.[0-9]+)?\.data", data.name) is not None
 
 
 def _check(path: Path) -> None:

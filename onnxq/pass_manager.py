@@ -115,6 +115,13 @@ class Context:
         """Whether the samples were made up, so that they do not show all that data would."""
         return self.data is not None and self.data.is_synthetic
 
+    def finish(self) -> Report:
+        """The report, with what reading the samples has shown."""
+        note = None if self.data is None else self.data.skip_note
+        if note is not None and note not in self.report.notes:
+            self.report.notes.append(note)
+        return self.report
+
     def rng(self, step: Pass) -> np.random.Generator:
         """A generator that depends on the run's seed and the pass's name alone."""
         return np.random.default_rng([self.seed, *step.name.encode()])
@@ -334,7 +341,7 @@ class PassManager:
         with announced(ctx.progress.say):
             self.apply(copy, ctx)
         ctx.report.notes[:0] = copy.notes
-        return copy, ctx.report
+        return copy, ctx.finish()
 
     def apply(self, model: Model, ctx: Context) -> Changes:
         """Run the passes on the model itself."""

@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from onnxq.errors import CalibrationError
+from onnxq.errors import CalibrationError, UnreadableError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -126,7 +126,7 @@ def _reading(where: object) -> Iterator[None]:
         yield
     except _DAMAGE as error:
         says = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise CalibrationError(
+        raise UnreadableError(
             f"the file cannot be read: {says}", where=where, fix="copy or save it again"
         ) from error
 
@@ -207,7 +207,7 @@ def read_npy(path: Path) -> Stored:
     """The array of a .npy file.
 
     Raises:
-        CalibrationError: The file is damaged, or holds Python objects.
+        UnreadableError: The file is damaged, or holds Python objects.
     """
     with _reading(path), open(path, "rb") as file:
         return _header(file, path, None, os.fstat(file.fileno()).st_size)
@@ -217,14 +217,14 @@ def read_npz(path: Path) -> dict[str, Stored]:
     """The arrays of a .npz archive by name.
 
     Raises:
-        CalibrationError: The file is damaged, claims to be huge, or holds Python objects.
+        UnreadableError: The file is damaged, claims to be huge, or holds Python objects.
     """
     arrays = {}
     with _reading(path), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         claimed = sum(m.file_size for m in members)
         if claimed > LARGEST_NPZ:
-            raise CalibrationError(
+            raise UnreadableError(
                 f"the archive claims {claimed / 2**30:.0f} GiB, more than {LARGEST_NPZ >> 30}",
                 where=path,
                 fix="save it as .npy, or as one .npz per sample",
@@ -236,7 +236,7 @@ def read_npz(path: Path) -> dict[str, Stored]:
                 name = member.filename.removesuffix(".npy")
                 arrays[name] = _header(file, path, member.filename, member.file_size)
     if not arrays:
-        raise CalibrationError("the archive holds no arrays", where=path)
+        raise UnreadableError("the archive holds no arrays", where=path)
     return arrays
 
 
@@ -247,7 +247,7 @@ def _header(file: IO[bytes], path: Path, member: str | None, size: int) -> Store
         if start[:1] == b"\x80":
             raise _pickled(where)
         what = "an array in numpy's format" if start else "an array: it is empty"
-        raise CalibrationError(f"the file does not hold {what}", where=where)
+        raise UnreadableError(f"the file does not hold {what}", where=where)
     version = tuple(file.read(2))
     if version not in ((1, 0), (2, 0)):
         raise ValueError(f"version {version} of numpy's format")
@@ -262,8 +262,8 @@ def _header(file: IO[bytes], path: Path, member: str | None, size: int) -> Store
     return Stored(path, member, shape, dtype, fortran, file.tell())
 
 
-def _pickled(where: str) -> CalibrationError:
-    return CalibrationError(
+def _pickled(where: str) -> UnreadableError:
+    return UnreadableError(
         "holds pickled Python objects, which are never loaded",
         where=where,
         fix="save plain arrays: np.savez(path, name=array)",
@@ -283,7 +283,8 @@ def read_pb(folder: Path, names: Collection[str]) -> dict[str, np.ndarray]:
             by the numbers of their files otherwise.
 
     Raises:
-        CalibrationError: A file is damaged or no tensor, or there are more than inputs.
+        UnreadableError: A file is damaged or no tensor.
+        CalibrationError: There are more than inputs.
     """
     from google.protobuf.message import DecodeError
     from onnx import TensorProto, numpy_helper
@@ -298,7 +299,7 @@ def read_pb(folder: Path, names: Collection[str]) -> dict[str, np.ndarray]:
                     raise ValueError("its data lies in another file")
                 tensors.append((proto.name, numpy_helper.to_array(proto)))
         except (DecodeError, TypeError, AssertionError) as error:
-            raise CalibrationError("the file does not hold a tensor", where=file) from error
+            raise UnreadableError("the file does not hold a tensor", where=file) from error
     given = [name for name, _ in tensors]
     if len(set(given)) == len(given) and set(given) <= set(names):
         return dict(tensors)
@@ -318,7 +319,8 @@ def read_picture(
     """A picture, upright, in 8 bits per channel.
 
     Raises:
-        CalibrationError: It cannot be read, or is larger than Pillow's limit.
+        UnreadableError: It cannot be read, or is larger than Pillow's limit.
+        CalibrationError: Its pixels are floats.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -332,7 +334,7 @@ def read_picture(
                 return _eight_bit(ImageOps.exif_transpose(image), mode, where)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = f"{Image.MAX_IMAGE_PIXELS or 0:,}"
-        raise CalibrationError(
+        raise UnreadableError(
             f"the picture has more than {pixels} pixels", where=where, fix="make it smaller"
         ) from error
     except _DAMAGE as error:
@@ -340,7 +342,7 @@ def read_picture(
             what = "the file is not a picture that can be read"
         else:
             what = f"the picture cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise CalibrationError(what, where=where, fix="remove or replace it") from error
+        raise UnreadableError(what, where=where, fix="remove or replace it") from error
 
 
 def _eight_bit(image: Image.Image, mode: Literal["RGB", "L"], where: str) -> Image.Image:

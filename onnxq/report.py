@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxq.errors import OnnxqError
+from onnxq.scratch import whole_file
 
 __all__ = [
     "Changes",
@@ -187,13 +188,9 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OnnxqError: The file cannot be written.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        try:
+        with whole_file(path) as part:
             part.write_text(text, encoding="utf-8")
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
     except OSError as error:
         raise OnnxqError(
             f"cannot be written: {error.strerror}",

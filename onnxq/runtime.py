@@ -8,11 +8,8 @@ import logging
 import os
 import platform
 import re
-import shutil
 import sys
-import tempfile
 import warnings
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +20,7 @@ import onnxruntime as ort
 
 from onnxq.errors import CalibrationError, ModelError, OnnxqError, UnsupportedError
 from onnxq.model_io import TWO_GB, serialized_size
+from onnxq.scratch import Scratch
 from onnxq.signature import TensorSpec
 
 __all__ = [
@@ -107,9 +105,9 @@ class Session:
     ) -> None:
         if isinstance(model, onnx.ModelProto):
             if serialized_size(model) > TWO_GB:  # protobuf cannot serialize it: by way of a file
-                folder = tempfile.mkdtemp(prefix="onnxq-")
-                weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-                model = _spilled(model, folder)
+                scratch = Scratch()
+                scratch.lasts(self)
+                model = _spilled(model, os.fspath(scratch.path))
             else:
                 model = model.SerializeToString()
         self._where = None if isinstance(model, bytes) else os.fspath(model)
@@ -318,13 +316,13 @@ def required_operators(
         and whether they stand with their element types.
     """
     processor, new_usage = _ort_tools()
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        loaded = os.path.join(folder, "loaded.ort")
+    with Scratch() as folder:
+        loaded = folder / "loaded.ort"
         Session(path, threads=1, optimized_path=loaded, config={**(config or {}), **_SAVE_ORT})
 
         def found(usage: Any) -> dict[str, dict[int, set[str]]]:
             operators: dict[str, dict[int, set[str]]] = {}
-            for file in (os.fspath(path), loaded):
+            for file in (os.fspath(path), os.fspath(loaded)):
                 with warnings.catch_warnings(category=ResourceWarning, action="ignore"):
                     reader = processor(file, operators, usage)  # does not close the file
                 reader.process()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from onnxq.errors import CalibrationError, ModelError, RecipeError
 from onnxq.kernels import observe as counting
 from onnxq.kernels import ranges
 from onnxq.runtime import Session, cores
+from onnxq.scratch import whole_file
 
 __all__ = [
     "Found",
@@ -254,14 +254,8 @@ class Statistics(Mapping[str, TensorStatistics]):
                 arrays[f"channels{i}"] = tensor.channels
         target = Path(path)
         try:
-            handle, beside = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    np.savez_compressed(file, **arrays)
-                os.replace(beside, target)
-            except BaseException:
-                os.unlink(beside)
-                raise
+            with whole_file(target) as part, part.open("wb") as file:
+                np.savez_compressed(file, **arrays)
         except OSError as error:
             raise CalibrationError(
                 f"cannot write the statistics: {error.strerror}",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from onnxq.errors import OnnxqError
+from onnxq.scratch import Scratch, put_folder
 
 __all__ = ["check_folder", "whole_folder"]
 
@@ -64,30 +64,14 @@ def whole_folder(folder: Path, *, force: bool) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(folder))
     try:
-        with tempfile.TemporaryDirectory(prefix=".onnxq-", dir=target.parent) as scratch:
-            built = Path(scratch) / "new"
+        with Scratch(target.parent) as scratch:
+            built = scratch / "new"
             built.mkdir()
             yield built
-            _put(built, target, Path(scratch) / "old", force)
+            put_folder(scratch, built, target, force=force)
     except OSError as error:
         raise OnnxqError(
             f"cannot be written: {error.strerror or error}",
             where=folder,
             fix="check the folder's permissions and the space on the disk",
         ) from error
-
-
-def _put(built: Path, target: Path, old: Path, force: bool) -> None:
-    """Rename the folder into place; what was there is moved away, and back if that fails."""
-    if not target.exists():
-        os.rename(built, target)
-    elif not force:
-        target.rmdir()
-        os.rename(built, target)
-    else:
-        os.rename(target, old)
-        try:
-            os.rename(built, target)
-        except BaseException:
-            os.rename(old, target)
-            raise

@@ -6,11 +6,9 @@ For what is not here to be run, the target's contract has to do.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -27,6 +25,7 @@ from onnxq.analysis.cost import (
 )
 from onnxq.model import Model, consumers, load, producer
 from onnxq.runtime import Session
+from onnxq.scratch import Scratch
 from onnxq.targets import TARGETS, Target
 
 __all__ = [
@@ -216,8 +215,8 @@ def _possible(op: str, target: Target | None = None) -> bool:
 
 def optimized_graph(model: Model, *, arm: bool = False) -> onnx.GraphProto:
     """The graph that onnxruntime runs, without its weights."""
-    with tempfile.TemporaryDirectory(prefix="onnxq-") as folder:
-        path = Path(folder) / "optimized.onnx"
+    with Scratch() as folder:
+        path = folder / "optimized.onnx"
         config = {
             "session.optimized_model_external_initializers_file_name": "weights",
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",

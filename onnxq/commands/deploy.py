@@ -16,6 +16,7 @@ from onnxq.commands.options import (
     model_target,
     output,
     progress,
+    strict,
     threads,
     write_json,
 )
@@ -58,6 +59,7 @@ __all__ = ["deploy"]
     metavar="NAME|FILE",
     help="How pictures become inputs, as of onnxq quantize: goes into the manifest, for the app.",
 )
+@strict
 @click.option("--force", is_flag=True, help="Replace DIR if it is not empty, after success.")
 @threads
 @output

@@ -16,6 +16,7 @@ from onnxq.commands.options import (
     output,
     progress,
     shapes,
+    strict,
     threads,
     write_json,
 )
@@ -54,6 +55,7 @@ __all__ = ["doctor"]
     metavar="NAME|FILE",
     help="How pictures become inputs, as of onnxq quantize. Needed where the samples are pictures.",
 )
+@strict
 @shapes
 @threads
 @output

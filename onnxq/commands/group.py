@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -32,16 +36,45 @@ class Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
-        try:
-            return super().invoke(ctx)
-        except PassError:  # what no pass foresaw is a bug
-            raise
-        except OnnxqError as error:
-            click.echo(f"error: {error}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            click.echo("interrupted; no file was left half-written", err=True)
-            ctx.exit(130)
+        with _interrupts() as interrupts:
+            try:
+                return super().invoke(ctx)
+            except (Exception, KeyboardInterrupt) as error:
+                if interrupts or isinstance(error, KeyboardInterrupt):
+                    click.echo("interrupted; no file was left half-written", err=True)
+                    ctx.exit(130)
+                if isinstance(error, OnnxqError) and not isinstance(error, PassError):
+                    click.echo(f"error: {error}", err=True)
+                    ctx.exit(1)
+                raise  # what no pass foresaw is a bug
+
+
+class _Interrupted(KeyboardInterrupt):
+    """What Ctrl-C raises.
+
+    KeyboardInterrupt itself, once it has passed a string that a library executes, makes Python end
+    by the signal whatever is done about it later.
+    """
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """The interrupts that have come: where a library is just loaded, they end as other errors."""
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise _Interrupted
+
+    usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not usual or threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def verbs(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:

@@ -68,6 +68,12 @@ def options(*decorators: Callable[[Function], Function]) -> Callable[[Function],
     return decorate
 
 
+strict = click.option(
+    "--strict",
+    is_flag=True,
+    help="Stop at a file of a folder of samples that cannot be read. Without this it is left out,"
+    " counted and named in the notes.",
+)
 samples = options(
     click.option(
         "--limit",
@@ -82,6 +88,7 @@ samples = options(
         help="How pictures become inputs: imagenet, mobilenet, tf, caffe, unit, raw, yolox, yolov5,"
         " yolov8, or a TOML file. Needed where the samples are pictures.",
     ),
+    strict,
 )
 shapes = click.option(
     "--shape",

@@ -275,7 +275,66 @@ def test_pictures_feed_one_input(tmp_path):
 def test_an_unreadable_picture_is_named(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    refused(tmp_path, PHOTO, preprocess="raw", match=["picture", "b.png", "remove or replace it"])
+    match = ["picture", "b.png", "remove or replace it"]
+    refused(tmp_path, PHOTO, preprocess="raw", strict=True, match=match)
+
+
+# ------------------------------------------------------------------------------- unreadable files
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "pb"])
+def test_files_that_cannot_be_read_are_left_out(kind, tmp_path):
+    values = rows(4, 1, 3, 4)
+    for i, value in enumerate(values):
+        if kind == "pb":
+            write_pb(tmp_path / f"test_data_set_{i}", numpy_helper.from_array(value, "x"))
+        elif kind == "npz":
+            np.savez(tmp_path / f"{i}.npz", x=value)
+        else:
+            np.save(tmp_path / f"{i}.npy", value)
+    broken = [tmp_path / "test_data_set_2/input_0.pb" if kind == "pb" else tmp_path / f"2.{kind}"]
+    if kind != "pb":
+        broken.append(tmp_path / f"1.{kind}")
+    for path in broken:
+        damage(path)
+    data = Calibration(tmp_path)
+    samples = data.bind([X])
+    assert data.skip_note is None
+    kept = [0, 3] if kind != "pb" else [0, 1, 3]
+    for _ in range(2):  # each pass leaves out the same, and counts it once
+        same(list(samples), [{"x": values[i]} for i in kept])
+        assert len(data.skipped) == len(broken)
+    assert data.limited(4).skipped is data.skipped
+    assert str(broken[-1].parent if kind == "pb" else broken[-1]) in data.skip_note
+    assert data.skip_note.startswith(f"{len(broken)} sample")
+    refused(tmp_path, strict=True, match=["read", broken[-1].name])
+
+
+def test_a_batch_is_filled_with_pictures_that_can_be_read(tmp_path):
+    for i in range(5):
+        picture(tmp_path / f"{i}.png", (i, i, i))
+    damage(tmp_path / "1.png")
+    data = Calibration(tmp_path, preprocess="raw")
+    got = list(data.bind([spec("x", 2, 3, 4, 4)]))
+    assert [feed["x"][:, 0, 0, 0].tolist() for feed in got] == [[0, 2], [3, 4]]
+    assert list(data.skipped) == [str(tmp_path / "1.png")]
+
+
+def test_a_folder_of_which_nothing_can_be_read(tmp_path):
+    for name in "ab":
+        np.savez(tmp_path / f"{name}.npz", x=rows(1, 3, 4))
+        damage(tmp_path / f"{name}.npz")
+    refused(tmp_path, match=["cannot be read", "a.npz", "copy or save it again"])
+
+
+def test_what_can_be_read_and_does_not_fit_is_an_error(tmp_path):
+    np.savez(tmp_path / "a.npz", x=rows(1, 3, 4))
+    np.savez(tmp_path / "b.npz", x=rows(1, 3, 5))
+    refused(tmp_path, match=["wanted", "b.npz"])
 
 
 # ------------------------------------------------------------------------------- test_data_set_*
