@@ -13,12 +13,13 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import onnx
 
 from onnxq import encodings_json
 from onnxq.api import check_outputs
+from onnxq.arithmetic import Arithmetic, level_of, session
 from onnxq.calibration import Calibration
 from onnxq.completion import completed
 from onnxq.encoding import DTYPES, Encodings, Format
@@ -32,16 +33,13 @@ from onnxq.passes import Calibrate, Clean, FoldBatchNorm, InsertQDQ
 from onnxq.placement import place
 from onnxq.progress import Progress
 from onnxq.report import Report
-from onnxq.runtime import Level, Session
+from onnxq.runtime import Level
 from onnxq.sim_session import SimSession
-from onnxq.simulation import fold_dequantized
 from onnxq.spool import Spool
 from onnxq.statistics import Method, Statistics, needs_histogram
 from onnxq.targets import Target, target_named
 
-__all__ = ["Arithmetic", "Exported", "QuantizationSimModel"]
-
-Arithmetic = Literal["integer", "float"]
+__all__ = ["Exported", "QuantizationSimModel"]
 
 # How AIMET calls the ways to choose a range.
 _SCHEMES: dict[Any, Method] = {
@@ -52,14 +50,6 @@ _SCHEMES: dict[Any, Method] = {
     "post_training_tf_enhanced": "mse",
     "post_training_percentile": "percentile",
 }
-
-
-# Floats between Q and DQ, not integer kernels.
-_FLOATS = {"session.disable_quant_qdq": "1"}
-# Sums in the order in which floats behind a DequantizeLinear are added, as constants need not be.
-_EXACT = {"session.disable_prepacking": "1"}
-# Those of onnxruntime that make integer kernels of Q/DQ.
-_FUSING: tuple[Level, ...] = ("extended", "all")
 
 
 @dataclass(frozen=True)
@@ -79,9 +69,9 @@ class QuantizationSimModel:
 
     With ``arithmetic="integer"`` it runs as it will be deployed: onnxruntime makes integer kernels
     of Q/DQ where it has some, and the rest, types without kernels among it, computes in floats
-    between Q and DQ.  Outputs are those of the exported file in a session of onnxruntime's defaults
-    on this machine.  Its kernels decide: on x86-64 without VNNI, sums of two products saturate at
-    16 bits, and the session shows that, too.
+    between Q and DQ.  Outputs are those of the exported file in a session of onnxruntime's
+    defaults, on the CPU of this machine, whose kernels decide: on x86-64 without VNNI, sums of two
+    products saturate at 16 bits, and the session shows that, too.
 
     With ``arithmetic="float"`` everything computes in floats between Q and DQ, with every constant
     as the float that its integers stand for, on any machine alike: outputs are those of the
@@ -132,7 +122,7 @@ class QuantizationSimModel:
     ) -> None:
         self._target = target_named(target)
         self._settings: dict[str, Any] = {"seed": seed, "threads": threads, "progress": progress}
-        self._arithmetic, self._level = arithmetic, _level(arithmetic, level)
+        self._arithmetic, self._level = arithmetic, level_of(arithmetic, level)
         activations = _activations(activation_type)
         self._calibrate = Calibrate(
             weights=str(_weights(param_type)),
@@ -272,14 +262,14 @@ class QuantizationSimModel:
         threads = self._settings["threads"]
         given = () if argument is ... else (argument,)
         histogram = needs_histogram(step.method)
-        with ObservedSession(model, names, histogram=histogram, threads=threads) as session:
-            callback(SimSession(session, spool), *given)
-            if not session.count:
+        with ObservedSession(model, names, histogram=histogram, threads=threads) as observed:
+            callback(SimSession(observed, spool), *given)
+            if not observed.count:
                 raise CalibrationError(
                     "the callback fed nothing to the session",
                     fix="let it call session.run(None, feed) for each sample",
                 )
-            return spool, session.statistics()
+            return spool, observed.statistics()
 
     def _obey_frozen(self) -> None:
         """Give frozen tensors their encodings, and what is moved from or to them, too."""
@@ -361,17 +351,12 @@ class QuantizationSimModel:
         state = dict(known.tensors), dict(known.float_nodes)
         if self._session is None or self._state != state:
             self._state = state
-            self._session = SimSession(self._simulation())
+            options = {} if self._arithmetic == "integer" else {"stored": "int8"}
+            threads = self._settings["threads"]
+            self._session = SimSession(
+                session(self._written(**options), self._arithmetic, self._level, threads)
+            )
         return self._session
-
-    def _simulation(self) -> Session:
-        threads, level = self._settings["threads"], self._level
-        if self._arithmetic == "integer":
-            return Session(self._written().to_proto(), threads=threads, level=level)
-        written = self._written(stored="int8")
-        fold_dequantized(written)
-        config = _FLOATS | (_EXACT if level == "disabled" else {})
-        return Session(written.to_proto(), threads=threads, level=level, config=config)
 
     @property
     def simulated_only(self) -> dict[str, str]:
@@ -465,26 +450,6 @@ def _activations(text: str) -> Format:
     if wanted.dtype == "float":
         return wanted
     return replace(wanted, dtype=f"uint{DTYPES[wanted.dtype][0]}")
-
-
-def _level(arithmetic: Arithmetic, level: Level | None) -> Level:
-    """How far onnxruntime is to optimize.
-
-    Raises:
-        RecipeError: No such arithmetic, or one that this level does not compute in.
-    """
-    known = get_args(Arithmetic)
-    if arithmetic not in known:
-        hint = did_you_mean(str(arithmetic), known, f"take {' or '.join(known)}")
-        raise RecipeError(f"no arithmetic {arithmetic!r}", fix=hint)
-    if arithmetic == "float":
-        return level or "disabled"
-    if level not in (None, *_FUSING):
-        raise RecipeError(
-            f"at level {level!r} onnxruntime runs no integer kernels",
-            fix=f"take {' or '.join(_FUSING)}, or arithmetic='float'",
-        )
-    return level or "all"
 
 
 def _method(scheme: Any) -> Method:

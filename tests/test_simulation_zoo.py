@@ -80,3 +80,15 @@ def test_the_simulation_is_the_exported_model_to_the_bit(name, options, tmp_path
             for session in sessions:
                 for got, want in zip(session.run(None, feed), wanted, strict=True):
                     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("name", ["cifar_vit", "mobilenetv1_075", "silero_vad", "yolox_nano"])
+def test_a_callback_is_observed_as_samples_are(name, tmp_path):
+    feeds = models.zoo_samples(name, tmp_path, 6)
+    feeds = [*onnxq.Calibration(feeds).bind(Session(models.zoo(name)).inputs)]
+    found = []
+    for given in (feeds, lambda session: [session.run(None, feed) for feed in feeds]):
+        sim = onnxq.QuantizationSimModel(models.zoo(name))
+        sim.compute_encodings(given)
+        found.append(dict(sim.encodings))
+    assert found[0] == found[1]

@@ -1,6 +1,7 @@
 """Simulation as users of AIMET know it: to the bit as what is exported."""
 
 import json
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import onnx
 import pytest
 
 import onnxq
-from onnxq import encodings_json
+from onnxq import arithmetic, encodings_json
 from onnxq.calibration import Calibration
 from onnxq.completion import rounded
 from onnxq.encoding import Encoding
@@ -67,14 +68,14 @@ WIDTHS = [
 LEVELS = {"integer": "all", "float": "disabled"}
 
 
-@pytest.mark.parametrize("arithmetic", LEVELS)
+@pytest.mark.parametrize("kind", LEVELS)
 @pytest.mark.parametrize("options", WIDTHS)
-def test_it_is_the_exported_model_to_the_bit(options, arithmetic, tmp_path):
-    sim = sim_of(**options, arithmetic=arithmetic)
+def test_it_is_the_exported_model_to_the_bit(options, kind, tmp_path):
+    sim = sim_of(**options, arithmetic=kind)
     files = sim.export(tmp_path, "m")
     onnx.checker.check_model(files.qdq, full_check=True)
     onnx.checker.check_model(files.model, full_check=True)
-    wanted = outputs(str(files.qdq), LEVELS[arithmetic])
+    wanted = outputs(str(files.qdq), LEVELS[kind])
     for got, want in zip(simulated(sim), wanted, strict=True):
         np.testing.assert_array_equal(got, want)
     assert not any(np.array_equal(w, f) for w, f in zip(wanted, outputs(sim.model), strict=True))
@@ -91,6 +92,37 @@ def test_what_is_exported_loads_again(options, version, tmp_path):
     assert dict(again.encodings) == dict(sim.encodings)
     for got, want in zip(simulated(again), simulated(sim), strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+INTEGER = {"QLinearConv", "QGemm"}
+FLOAT = {"Conv", "FusedConv", "Gemm"}
+
+
+@pytest.mark.parametrize(
+    ("options", "last", "runs", "never"),
+    [
+        ({}, None, INTEGER, FLOAT),
+        ({"param_type": "int4"}, None, INTEGER, FLOAT),
+        ({"level": "extended"}, None, INTEGER, FLOAT),
+        ({}, "int16", {"QLinearConv", "Gemm"}, {"QGemm", "Conv", "FusedConv"}),
+        ({"activation_type": "int16"}, None, {"Conv", "Gemm"}, INTEGER),
+        ({"arithmetic": "float"}, None, {"Conv", "Gemm"}, INTEGER),
+        ({"arithmetic": "float", "level": "extended"}, None, {"Conv", "Gemm"}, INTEGER),
+    ],
+)
+def test_kernels_are_of_integers_where_there_are_some(
+    options, last, runs, never, tmp_path, monkeypatch
+):
+    path = tmp_path / "optimized.onnx"
+    monkeypatch.setattr(arithmetic, "Session", partial(Session, optimized_path=path))
+    sim = QuantizationSimModel(PROTO, **options)
+    if last is not None:
+        sim.set_precision("last", weights=last)
+    sim.compute_encodings(samples())
+    assert len(sim.session.run(None, samples(1)[0])) == 1
+    found = {node.op_type for node in onnx.load(path).graph.node}
+    assert runs <= found
+    assert not never & found
 
 
 @pytest.mark.parametrize("options", [{"arithmetic": "float", "level": "all"}, {}])
