@@ -160,7 +160,7 @@ class Calibration:
                 f"preprocessing is for pictures, got {kind}", where=path, fix="leave it out"
             )
         if path.is_dir():
-            files = spread(files, self.limit)
+            files = self._unskipped(spread(files, self.limit))
             if kind == ".npy":
                 signature.only(path)
             by_kind: dict[str, Callable[[Path], Any]] = {
@@ -184,7 +184,7 @@ class Calibration:
             )
         spec = signature.only(path)
         rows = _batch(spec)
-        files = spread(files, None if self.limit is None else self.limit * rows)
+        files = self._unskipped(spread(files, None if self.limit is None else self.limit * rows))
         count, rest = _batches(len(files), spec, path)
 
         def read() -> Iterator[tuple[str, np.ndarray]]:
@@ -200,6 +200,10 @@ class Calibration:
                 yield where, np.concatenate(group)
 
         return _Reader(read, count, rest, len(files))
+
+    def _unskipped(self, files: Sequence[Path]) -> list[Path]:
+        """Without those that an earlier pass could not read, so that the number is right."""
+        return [f for f in files if os.fspath(f) not in self.skipped]
 
     def _readable(
         self, files: Sequence[Path], read: Callable[[Path], Any]

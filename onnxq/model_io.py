@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper
 
 from onnxq.errors import ModelError
-from onnxq.scratch import Scratch, alone, claim, synced, whole_file
+from onnxq.scratch import Scratch, alone, claim, retire, synced, whole_file
 
 __all__ = [
     "TWO_GB",
@@ -194,11 +194,10 @@ def _write_in_two(proto: onnx.ModelProto, path: Path, protected: Collection[Path
         synced(part)
         os.replace(scratch / data.name, data)
         with alone(path.parent):
-            before = external_files(path) - {*protected}
-            os.replace(part, path)
-            for old in before:
+            for old in external_files(path) - {*protected}:
                 if old.parent == path.parent.resolve() and _is_data_of(path, old):
-                    old.unlink(missing_ok=True)
+                    retire(scratch, part, old)
+            os.replace(part, path)
 
 
 def _data_files(path: Path) -> Iterator[Path]:

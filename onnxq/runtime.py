@@ -37,6 +37,9 @@ __all__ = [
     "versions",
 ]
 
+# What onnxruntime says where it is the file that it cannot write.
+_UNWRITTEN = "Failed to (write|save)|[Ss]erializ"
+
 Style = Literal["fixed", "runtime"]
 Level = Literal["disabled", "basic", "extended", "all"]
 
@@ -150,6 +153,12 @@ class Session:
                 raise ModelError(
                     "no such model", where=self._where, fix="check the path"
                 ) from error
+            if options.optimized_model_filepath and re.search(_UNWRITTEN, says := _message(error)):
+                raise OnnxqError(
+                    f"cannot be written: {says}",
+                    where=options.optimized_model_filepath,
+                    fix="check the space on the disk; TMPDIR says where temporary files lie",
+                ) from error
             raise ModelError(
                 f"onnxruntime cannot load the model: {_message(error)}",
                 where=self._where,
@@ -219,7 +228,14 @@ class Session:
 def _spilled(model: onnx.ModelProto, folder: str) -> str:
     """The path of a copy of the model in this folder, weights beside it."""
     path = os.path.join(folder, "model.onnx")
-    onnx.save_model(model, path, save_as_external_data=True, location="model.data")
+    try:
+        onnx.save_model(model, path, save_as_external_data=True, location="model.data")
+    except OSError as error:
+        raise OnnxqError(
+            f"a model of more than 2 GB goes by way of a file: {error.strerror}",
+            where=folder,
+            fix="point TMPDIR to a folder with more room",
+        ) from error
     # saving took the weights out of the model: put them back
     onnx.load_external_data_for_model(model, folder)
     return path
@@ -291,10 +307,6 @@ def save_ort(
         Session(model, threads=1, level="extended", optimized_path=path, config=config)
     except ModelError as error:
         why = error.what.removeprefix("onnxruntime cannot load the model: ")
-        if why.startswith("Failed to save"):  # the file, not the format
-            raise OnnxqError(
-                "cannot be written", where=path, fix="check the folder and the space on the disk"
-            ) from error
         raise UnsupportedError(
             f"onnxruntime cannot write the ORT format: {why}",
             where=Path(model).name,

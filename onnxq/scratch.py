@@ -20,17 +20,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from onnxq.errors import OnnxqError
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked, and nothing swept
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Scratch", "alone", "claim", "put_folder", "synced", "whole_file"]
+__all__ = ["Scratch", "alone", "claim", "put_folder", "retire", "synced", "whole_file"]
 
 _PREFIX = ".onnxq-scratch-"
 _NAME = re.compile(re.escape(_PREFIX) + "[a-z0-9_]{8}")
-# In a scratch folder: notes of files claimed beside it, and the folder that makes way for another.
-_CLAIMED, _OLD = ".claimed", ".old"
+# In a scratch folder: notes of files beside it, and the folder that makes way for another.
+_CLAIMED, _RETIRED, _OLD = ".claimed", ".retired", ".old"
 
 
 class Scratch:
@@ -41,10 +43,22 @@ class Scratch:
 
     Raises:
         OSError: It cannot be made.
+        OnnxqError: Nor where temporary files lie.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
-        parent = Path(tempfile.gettempdir()) if folder is None else folder
+        try:
+            self._make(Path(tempfile.gettempdir()) if folder is None else folder)
+        except OSError as error:
+            if folder is not None:
+                raise
+            raise OnnxqError(
+                f"no temporary file can be written: {error.strerror}",
+                where=error.filename,
+                fix="point TMPDIR to a folder with room",
+            ) from error
+
+    def _make(self, parent: Path) -> None:
         _sweep(parent)
         while True:
             self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
@@ -106,15 +120,25 @@ def claim(scratch: Path, part: Path, path: Path) -> bool:
     if path.exists():
         return False
     part.touch()
-    note = scratch / _CLAIMED / path.name
-    note.parent.mkdir(exist_ok=True)
-    note.write_text(part.name, encoding="utf-8")
+    note = _noted(scratch / _CLAIMED, part, path)
     try:
         with path.open("xb"):
             return True
     except FileExistsError:
         note.unlink()
         return False
+
+
+def retire(scratch: Path, part: Path, path: Path) -> None:
+    """Remove a file with the scratch folder, if `part` has left it by then."""
+    _noted(scratch / _RETIRED, part, path)
+
+
+def _noted(notes: Path, part: Path, path: Path) -> Path:
+    notes.mkdir(exist_ok=True)
+    note = notes / path.name
+    note.write_text(part.name, encoding="utf-8")
+    return note
 
 
 @contextmanager
@@ -209,10 +233,12 @@ def _sweep_one(folder: Path, stale: Path) -> None:
 
 
 def _forgo(scratch: Path) -> None:
-    """Remove what was claimed for files that did not leave the scratch folder."""
-    for note in _listed(scratch / _CLAIMED):
-        if (scratch / note.read_text(encoding="utf-8")).exists():
-            (scratch.parent / note.name).unlink(missing_ok=True)
+    """Remove what was claimed for files that are here still, and what others have replaced."""
+    for kind, still in ((_CLAIMED, True), (_RETIRED, False)):
+        for note in _listed(scratch / kind):
+            part = note.read_text(encoding="utf-8")
+            if part and (scratch / part).exists() == still:  # empty: killed as it was written
+                (scratch.parent / note.name).unlink(missing_ok=True)
 
 
 def _listed(folder: Path) -> list[Path]:

@@ -130,7 +130,8 @@ def main():
     shutil.copytree(folder, before)
     code, count = child(folder, do, None)
     print(json.dumps({"code": code, "count": count, "tree": tree(folder)}))
-    for moment in sorted({i * count // min(most, count) for i in range(min(most, count))}):
+    most = min(most, count)
+    for moment in sorted({(i + 1) * count // (most + 1) for i in range(most)}):
         shutil.rmtree(folder)
         shutil.copytree(before, folder)
         code, _ = child(folder, do, moment)

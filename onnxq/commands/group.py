@@ -14,6 +14,8 @@ import click
 
 from onnxq.errors import OnnxqError, PassError
 
+_LATER = 0.05  # seconds
+
 __all__ = ["Command", "Group", "verbs"]
 
 
@@ -59,11 +61,17 @@ class _Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def _interrupts() -> Iterator[list[int]]:
-    """The interrupts that have come: where a library is just loaded, they end as other errors."""
+    """The interrupts that have come.
+
+    Those that come while a module is loaded wait: compiled ones crash, or make other errors of it.
+    """
     came: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         came.append(number)
+        if _importing(frame) and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, _LATER)
+            return
         raise _Interrupted
 
     usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -71,10 +79,23 @@ def _interrupts() -> Iterator[list[int]]:
         yield came
         return
     signal.signal(signal.SIGINT, interrupt)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, interrupt)
     try:
         yield came
     finally:
+        if hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def verbs(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
