@@ -15,6 +15,7 @@ __all__ = [
     "TargetError",
     "UnsupportedError",
     "did_you_mean",
+    "printable",
 ]
 
 _T = TypeVar("_T", str, None)
@@ -36,7 +37,7 @@ class OnnxqError(Exception):
         self.where = None if where is None else str(where)
         self.fix = fix
         text = what if self.where is None else f"{what} ({self.where})"
-        super().__init__(" ".join((text if fix is None else f"{text}; {fix}").split()))
+        super().__init__(printable(" ".join((text if fix is None else f"{text}; {fix}").split())))
 
 
 class ModelError(OnnxqError):
@@ -82,3 +83,16 @@ def did_you_mean(given: object, known: Iterable[object], otherwise: _T) -> str |
     names = [name for name in known if isinstance(name, str)]
     near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) else []
     return f"did you mean {near[0]}?" if near else otherwise
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters are spelled out.
+
+    So are surrogates, which stand for the bytes of file names that are not UTF-8.
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t\u00a0"  # which are not printable, but harmless
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )

@@ -94,6 +94,7 @@ def export(
       onnxq encodings export out.onnx out.encodings --to 1.0.0 --float float.onnx
     """
     from onnxq import api, encoding_files
+    from onnxq.console import echo
 
     api.check_outputs([destination, float_model, json_file], models=[source])
     found = encoding_files.export(
@@ -105,7 +106,7 @@ def export(
     )
     write_json(json_file, {"encodings": len(found), "float_nodes": found.float_nodes})
     if not quiet:
-        click.echo(f"{len(found)} encodings -> {destination}")
+        echo(f"{len(found)} encodings -> {destination}")
 
 
 @encodings.command(epilog="See also: onnxq encodings diff, to see that nothing was lost.")
@@ -124,13 +125,14 @@ def convert(source: Path, destination: Path, version: str, model: Path | None, q
       onnxq encodings convert new.json overrides.json --to overrides
     """
     from onnxq import api, encoding_files
+    from onnxq.console import echo
 
     api.check_outputs([destination], models=[source, model])
     found = encoding_files.convert(source, destination, version=version, model=model)
     if not quiet:
-        click.echo(f"{len(found)} encodings -> {destination}")
+        echo(f"{len(found)} encodings -> {destination}")
         for name, kind in found.float_tensors.items():
-            click.echo(f"left out: {name} is {kind}")
+            echo(f"left out: {name} is {kind}")
 
 
 @encodings.command(epilog="See also: onnxq compare, to measure the result.")

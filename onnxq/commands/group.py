@@ -39,6 +39,9 @@ class Group(click.Group):
         except OnnxqError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(1)
+        except MemoryError:
+            click.echo("error: there is not enough memory for this; give smaller inputs", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted; no file was left half-written", err=True)
             ctx.exit(130)
