@@ -202,9 +202,16 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, protected: Collection[Pat
         ) from error
 
 
+def _is_text(name: str) -> bool:
+    """Whether a path is text, not bytes that only the file system understands."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def _check(path: Path) -> None:
     try:
-        onnx.checker.check_model(os.fspath(path))
+        name = os.fspath(path)
+        # a name that is no text cannot be handed on; data beside the model must be found by one
+        onnx.checker.check_model(name if _is_text(name) else path.read_bytes())
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0]
         raise ModelError(f"the result is not valid ONNX: {line}", where=path.name) from error
