@@ -21,6 +21,7 @@ from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
 from onnxq.calibration import Calibration, Samples
 from onnxq.encoding import Format
 from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError
+from onnxq.healthy import check_constants
 from onnxq.kernels._jit import announced
 from onnxq.model import Layer, Model, load
 from onnxq.model_io import external_files
@@ -192,6 +193,7 @@ def run(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
     check_loads(before)
+    check_constants(before, {layer.name for layer in before.layers()})
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")

@@ -404,7 +404,8 @@ def _whole(array: np.ndarray | Stored) -> np.ndarray:
 
 
 def _npz(path: Path) -> Any:
-    return _unnamed({name: array.read() for name, array in read_npz(path).items()})
+    arrays = _unnamed(read_npz(path))
+    return arrays.read() if isinstance(arrays, Stored) else arrays
 
 
 def _npy(path: Path) -> np.ndarray:

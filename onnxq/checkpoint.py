@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxq.errors import OnnxqError
+from onnxq.encoding import Encoding
+from onnxq.errors import CalibrationError, OnnxqError
+from onnxq.files import read_limited
 from onnxq.model import Layer, Model
+from onnxq.readers import Stored, read_npz
 from onnxq.report import write_text
 from onnxq.scratch import whole_file
 
 __all__ = ["Checkpoint", "Results", "fingerprint"]
+
+_LARGEST = 1 << 24  # bytes of what was found of a layer
 
 
 def fingerprint(model: Model, *parts: object) -> str:
@@ -47,20 +52,24 @@ class Checkpoint:
 
     def restore(self, layer: Layer, index: int) -> bool:
         """Give a layer what was kept of it; False if nothing was."""
-        path = self._path(index)
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
-                found = {name: kept[name] for name in kept.files}
-        except FileNotFoundError:
+        path, fix = self._path(index), "delete it, and the layer is done again"
+        if not path.exists():
             return False
-        except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
-            raise OnnxqError(
-                "cannot be read", where=path, fix="delete it, and the layer is done again"
-            ) from error
         name = layer.weight_tensor.name
+        encoding = layer.model.encodings.get(name)
+        try:
+            stored = read_npz(path)
+            if not _fits(stored, layer, encoding):
+                raise OnnxqError("does not hold this layer", where=path, fix=fix)
+            found = {key: array.read().copy() for key, array in stored.items()}
+        except CalibrationError as error:
+            raise OnnxqError(f"cannot be read: {error.what}", where=path, fix=fix) from error
+        if not all(np.isfinite(a).all() for a in found.values()) or (
+            "scale" in found and found["scale"].min() <= 0
+        ):
+            raise OnnxqError("holds numbers that no layer has", where=path, fix=fix)
         layer.set_weight(found["weight"])
-        if "scale" in found:
-            encoding = layer.model.encodings[name]
+        if encoding is not None and "scale" in found:
             layer.model.encodings[name] = replace(encoding, scale=found["scale"])
         if "bias" in found:
             layer.set_bias(found["bias"])
@@ -88,6 +97,20 @@ class Checkpoint:
         return self._folder / f"{index:04d}.npz"
 
 
+def _fits(stored: Mapping[str, Stored], layer: Layer, encoding: Encoding | None) -> bool:
+    """Whether arrays are, by their headers, what `Checkpoint.keep` writes of a layer."""
+    wanted: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+        "weight": (layer.weight.shape, layer.weight.dtype)
+    }
+    if encoding is not None:
+        wanted["scale"] = (encoding.scale.shape, encoding.scale.dtype)
+    if layer.bias is not None:
+        wanted["bias"] = (layer.bias.shape, layer.bias.dtype)
+    elif "bias" in stored:  # which it got
+        wanted["bias"] = ((layer.output_channels,), layer.weight.dtype)
+    return {name: (a.shape, a.dtype) for name, a in stored.items()} == wanted
+
+
 class Results:
     """What was found of each layer, plain JSON, one file each.
 
@@ -106,10 +129,10 @@ class Results:
         """What was kept of a layer; None if nothing was."""
         path = self._path(index)
         try:
-            return json.loads(path.read_text("utf-8"))
+            return json.loads(read_limited(path, _LARGEST))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise OnnxqError(
                 "cannot be read", where=path, fix="delete it, and the layer is done again"
             ) from error
@@ -121,6 +144,14 @@ class Results:
             OnnxqError: It cannot be written.
         """
         write_text(self._path(index), json.dumps(found))
+
+    def refuse(self, index: int) -> OnnxqError:
+        """What to say where that is not what was found of a layer."""
+        return OnnxqError(
+            "does not hold this layer",
+            where=self._path(index),
+            fix="delete it, and the layer is done again",
+        )
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{index:04d}.json"

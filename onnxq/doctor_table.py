@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-import click
-
 from onnxq.analysis.faults import Fault
-from onnxq.console import show, table
+from onnxq.console import echo, show, table
 from onnxq.diagnosis import Agreement, Diagnosis, NodeState, View
 from onnxq.report import megabytes, millions
 
@@ -24,31 +22,31 @@ _SHARED = frozenset({"int8-on-x64", "not-quantized"})
 
 def diagnosis(result: Diagnosis) -> None:
     """What runs in integers, what does not, why, and how to mend it."""
-    click.echo(
+    echo(
         f"{result.path or 'model'}: {result.kind}, operator set {result.opset}, constants"
         f" {megabytes(result.bytes)}; {result.target}, onnxruntime {result.runtime}"
     )
     for stored in result.storage:
-        click.echo(f"weights: {stored}")
+        echo(f"weights: {stored}")
     if result.kind == "float":
         _plan(result.views[0])
     else:
         _shares(result.views)
         for line in _agreements(result):
-            click.echo(line)
+            echo(line)
         _reasons(result.views)
         _faults(result.faults)
         for view in result.views:
             for node in view.disagreements:
-                click.echo(
+                echo(
                     f"prediction and measurement differ on {view.name}: {node.name} ({node.op}):"
                     f" predicted {_where(node.predicted)}, runs {_where(node.measured)}"
                     f" ({node.kernel})"
                 )
     for line in _mends(result):
-        click.echo(line)
+        echo(line)
     for note in result.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _mends(result: Diagnosis) -> Iterator[str]:
@@ -92,8 +90,8 @@ def _plan(view: View) -> None:
     """A float model: what would run in integers."""
     share, nodes = (view.share("predicted", macs=m) for m in (True, False))
     total = sum(n.macs or 0 for n in view.nodes)
-    click.echo("not quantized: nothing runs in integers; onnxq quantize would bring there")
-    click.echo(f"  {_percent(share)} of {millions(total)} MACs, {_percent(nodes)} of the nodes")
+    echo("not quantized: nothing runs in integers; onnxq quantize would bring there")
+    echo(f"  {_percent(share)} of {millions(total)} MACs, {_percent(nodes)} of the nodes")
     _reasons([view])
 
 
@@ -165,7 +163,7 @@ def _reasons(views: list[View]) -> None:
         )
     show(shown)
     if len(rows) > LISTED:
-        click.echo(f"{len(rows) - LISTED} more reasons, see --json")
+        echo(f"{len(rows) - LISTED} more reasons, see --json")
 
 
 def _kind(node: NodeState) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from onnxq.encoding import Encodings
 from onnxq.encodings_v1 import Channels
 from onnxq.entries import kind
 from onnxq.errors import RecipeError, did_you_mean
+from onnxq.files import read_limited
 from onnxq.report import write_text
 from onnxq.version import __version__
 
@@ -28,6 +30,7 @@ OVERRIDES = "overrides"
 # those that keep weights apart, and do not say along which axis scales run
 OLD = ("0.6.1", "1.0.0")
 # what is written; 2.1.0, which adds types of float only, is read, too
+_LARGEST = 1 << 28  # bytes of a file: a million scales take some 20 MB
 VERSIONS = (*OLD, VERSION, OVERRIDES)
 
 
@@ -68,7 +71,7 @@ def load(path: str | os.PathLike[str], channels: Mapping[str, Channels] | None =
         UnsupportedError: Valid encodings that onnxq does not know.
     """
     try:
-        text = Path(path).read_bytes()
+        text = read_limited(path, _LARGEST)
     except FileNotFoundError as error:
         raise RecipeError("no such file", where=path, fix="check the path") from error
     except OSError as error:
@@ -127,7 +130,7 @@ def loads(
         UnsupportedError: Valid encodings that onnxq does not know.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise RecipeError(
             f"not JSON: {error.msg} in line {error.lineno}, column {error.colno}", where=where
@@ -148,6 +151,15 @@ def loads(
         where=where,
         fix=f"export them in version {VERSION}",
     )
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys stand there once each: of two, readers disagree about which counts."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(k for k, count in Counter(k for k, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice!r} stands twice in an object")
+    return found
 
 
 def _lines(document: dict[str, Any]) -> str:

@@ -90,7 +90,7 @@ def read(
         for name, parts, place in _items(document, section, version, where):
             if name in encodings or name in encodings.float_tensors:
                 raise RecipeError("a second encoding of the same name", where=place)
-            kinds = {p.get("dtype") for p in parts}
+            kinds = {str(p.get("dtype")) for p in parts}
             if len(kinds) > 1:
                 raise RecipeError("its channels are of different types", where=place)
             written = str(kinds.pop()).lower()

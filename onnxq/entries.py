@@ -10,6 +10,7 @@ from onnxq.encoding import DTYPES, limits
 from onnxq.errors import RecipeError, did_you_mean
 
 __all__ = [
+    "LARGEST_SCALE",
     "check_keys",
     "element_type",
     "float_nodes",
@@ -21,7 +22,7 @@ __all__ = [
     "zero_points",
 ]
 
-_LARGEST = float(np.finfo(np.float32).max)
+LARGEST_SCALE = float(np.finfo(np.float32).max)
 
 
 def name_of(entry: Any, place: str) -> str:
@@ -77,7 +78,7 @@ def scales(value: Any, place: str, key: str) -> np.ndarray:
         if not is_int(number) and not isinstance(number, float):
             raise RecipeError(f"{key}: wanted a number, got {kind(number)}", where=place)
         # decided with the float32 that is kept: 1e-50 would be 0, and 1e39 infinite
-        if not 0 < number <= _LARGEST or np.float32(number) == 0:
+        if not 0 < number <= LARGEST_SCALE or np.float32(number) == 0:
             raise RecipeError(f"{key}: wanted a finite float32 above 0, got {number}", where=place)
     return np.array(found, np.float32).reshape(shape)
 

@@ -16,9 +16,11 @@ __all__ = [
     "UnreadableError",
     "UnsupportedError",
     "did_you_mean",
+    "printable",
 ]
 
 _T = TypeVar("_T", str, None)
+_LONGEST = 1000  # characters of a part of a message
 
 
 class OnnxqError(Exception):
@@ -36,8 +38,9 @@ class OnnxqError(Exception):
         self.what = what
         self.where = None if where is None else str(where)
         self.fix = fix
-        text = what if self.where is None else f"{what} ({self.where})"
-        super().__init__(" ".join((text if fix is None else f"{text}; {fix}").split()))
+        text = _cut(what) if self.where is None else f"{_cut(what)} ({_cut(self.where)})"
+        text = text if fix is None else f"{text}; {_cut(fix)}"
+        super().__init__(printable(" ".join(text.split())))
 
 
 class ModelError(OnnxqError):
@@ -87,3 +90,23 @@ def did_you_mean(given: object, known: Iterable[object], otherwise: _T) -> str |
     names = [name for name in known if isinstance(name, str)]
     near = difflib.get_close_matches(given, names, 1) if isinstance(given, str) else []
     return f"did you mean {near[0]}?" if near else otherwise
+
+
+def _cut(text: str) -> str:
+    """Text of a length that can be read: names and values come from files that others wrote."""
+    if len(text) <= _LONGEST:
+        return text
+    return f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: control characters are spelled out.
+
+    So are surrogates, which stand for the bytes of file names that are not UTF-8.
+    """
+    if text.isprintable():
+        return text
+    kept = "\n\t\u00a0"  # which are not printable, but harmless
+    return "".join(
+        c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text
+    )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.errors import CalibrationError
+from onnxq.readers import Stored
 from onnxq.signature import TensorSpec
 
 __all__ = ["Feed", "Signature", "as_array"]
@@ -122,10 +123,13 @@ def as_array(value: Any, where: str) -> np.ndarray:
 
 def _fitted(value: Any, spec: TensorSpec, where: str) -> np.ndarray:
     place = f"{spec.name!r} in {where}"
-    array = as_array(value, place)
-    got = TensorSpec(spec.name, array.dtype, array.shape)
-    if not spec.accepts(array.shape):
-        raise CalibrationError(f"wanted {spec}, got {got}", where=where, fix=_advice(array, spec))
+    given = value if isinstance(value, Stored) else as_array(value, place)
+    got = TensorSpec(spec.name, given.dtype, given.shape)
+    if not spec.accepts(given.shape):
+        raise CalibrationError(
+            f"wanted {spec}, got {got}", where=where, fix=_advice(given.shape, spec)
+        )
+    array = as_array(given.read(), place) if isinstance(given, Stored) else given
     if array.size == 0:
         raise CalibrationError(f"the array is empty: {got}", where=where)
     if spec.dtype is not None and array.dtype != spec.dtype:
@@ -170,12 +174,12 @@ def _check_symbols(feed: Feed, specs: Mapping[str, TensorSpec], where: str) -> N
                     )
 
 
-def _advice(array: np.ndarray, spec: TensorSpec) -> str | None:
+def _advice(shape: tuple[int, ...], spec: TensorSpec) -> str | None:
     """What is usual behind a wrong shape."""
-    if spec.accepts((1, *array.shape)):
+    if spec.accepts((1, *shape)):
         return "add the batch dimension: array[None]"
     for axes in ((0, 3, 1, 2), (0, 2, 3, 1)):
-        if array.ndim == 4 and spec.accepts(tuple(array.shape[a] for a in axes)):
+        if len(shape) == 4 and spec.accepts(tuple(shape[a] for a in axes)):
             return f"move the channels: array.transpose{axes}"
     return None
 

@@ -20,6 +20,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnxq.encoding import DTYPES, Encodings, in_bytes
 from onnxq.errors import ModelError
 from onnxq.graph import consumers, has_subgraph, is_standard, producer, rewire, topological
+from onnxq.inference import inferred
 from onnxq.kernels.pack import pack_nibbles
 from onnxq.layer import Layer
 from onnxq.model_io import (
@@ -30,6 +31,7 @@ from onnxq.model_io import (
     write_proto,
 )
 from onnxq.round_trip import dense, normalize, remember, restore
+from onnxq.well_formed import check_well_formed
 
 __all__ = [
     "BatchNormStatistics",
@@ -389,12 +391,11 @@ class Model:
         small = [onnx.TensorProto.FromString(t.SerializeToString()) for t in kept]
         del proto.graph.initializer[:]
         proto.graph.initializer.extend(small)
-        try:
-            inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+        found = inferred(proto)
+        if found is None:
             return
         tensors = self.tensors()
-        for info in (*inferred.graph.value_info, *inferred.graph.output):
+        for info in (*found.graph.value_info, *found.graph.output):
             tensor = tensors.get(info.name)
             if isinstance(tensor, gs.Variable) and info.type.HasField("tensor_type"):
                 known = OnnxImporter.import_tensor(info)
@@ -471,6 +472,7 @@ def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
     if isinstance(path, onnx.ModelProto):
         proto = onnx.ModelProto()
         proto.CopyFrom(path)
+        check_well_formed(proto, None)
         if external := external_tensors(proto):
             raise ModelError(
                 "the weights of a ModelProto must be inside it",

@@ -16,7 +16,9 @@ from google.protobuf.message import DecodeError
 from onnx import external_data_helper
 
 from onnxq.errors import ModelError
+from onnxq.limits import memory
 from onnxq.scratch import Scratch, alone, claim, retire, synced, whole_file
+from onnxq.well_formed import check_well_formed
 
 __all__ = [
     "TWO_GB",
@@ -31,6 +33,7 @@ __all__ = [
 
 # protobuf refuses messages of 2 GiB; some room for names and structure.
 TWO_GB = (1 << 31) - (1 << 24)
+_LARGEST = (1 << 31) - 1  # bytes of a file that protobuf reads
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
@@ -40,10 +43,16 @@ def read_proto(path: Path) -> onnx.ModelProto:
         ModelError: The file is missing, is no ONNX model, or refers to data outside its folder.
     """
     try:
-        mode = os.stat(path).st_mode
+        mode, size = (found := os.stat(path)).st_mode, found.st_size
         if not stat.S_ISREG(mode):  # a pipe or a device could only be read once, or never ends
             kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
             raise ModelError(f"is a {kind}, not a model", where=path, fix="give the .onnx file")
+        if size > _LARGEST:
+            raise ModelError(
+                f"is of {size >> 30} GiB, and an ONNX file has less than 2",
+                where=path,
+                fix="export it with external data",
+            )
         proto = onnx.load(os.fspath(path), format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
         raise ModelError("no such file", where=path, fix="check the path") from error
@@ -59,8 +68,11 @@ def read_proto(path: Path) -> onnx.ModelProto:
         ) from error
     if not proto.HasField("graph") or not proto.opset_import:
         raise ModelError("holds no ONNX graph", where=path, fix="export the model again")
-    for tensor in external_tensors(proto):
-        _check_external(tensor, path)
+    check_well_formed(proto, path)
+    if (total := sum(_check_external(t, path) for t in external_tensors(proto))) > memory():
+        raise ModelError(
+            f"its external data take {total >> 30} GiB, more than there is memory", where=path
+        )
     try:
         external_data_helper.load_external_data_for_model(proto, os.fspath(path.parent or "."))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -80,8 +92,8 @@ def external_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [t for t in tensors if external_data_helper.uses_external_data(t)]
 
 
-def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
-    """Refuse data that lies outside the model's folder or is not there."""
+def _check_external(tensor: onnx.TensorProto, path: Path) -> int:
+    """Refuse data that lies outside the model's folder or is not there; its bytes."""
     info = {e.key: e.value for e in tensor.external_data}
     location = info.get("location", "")
     folder = path.parent.resolve()
@@ -111,6 +123,7 @@ def _check_external(tensor: onnx.TensorProto, path: Path) -> None:
         ) from error
     if start < 0 or length < 0 or max(length, stored_bytes(tensor)) > there - start:
         raise ModelError(f"external data {location} is cut off", where=where, fix="copy it again")
+    return length or there - start
 
 
 def stored_bytes(tensor: onnx.TensorProto) -> int:
@@ -210,9 +223,16 @@ def _is_data_of(path: Path, data: Path) -> bool:
     return re.fullmatch(re.escape(path.name) + r"(\.[0-9]+)?\.data", data.name) is not None
 
 
+def _is_text(name: str) -> bool:
+    """Whether a path is text, not bytes that only the file system understands."""
+    return not any("\ud800" <= c <= "\udfff" for c in name)
+
+
 def _check(path: Path) -> None:
     try:
-        onnx.checker.check_model(os.fspath(path))
+        name = os.fspath(path)
+        # a name that is no text cannot be handed on; data beside the model must be found by one
+        onnx.checker.check_model(name if _is_text(name) else path.read_bytes())
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0]
         raise ModelError(f"the result is not valid ONNX: {line}", where=path.name) from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from onnxq.encoding import Encoding, Encodings
-from onnxq.entries import check_keys, is_int, kind, scales, zero_points
+from onnxq.entries import LARGEST_SCALE, check_keys, is_int, kind, scales, zero_points
 from onnxq.errors import RecipeError, UnsupportedError
 
 __all__ = ["looks_like_overrides", "read", "table"]
@@ -87,7 +87,7 @@ def read(document: dict[str, Any], where: object) -> Encodings:
 
 def _encoding(parts: list[dict[str, Any]], place: str) -> Encoding:
     first = parts[0]
-    dtype = _TYPES.get(first.get("quant_type", ""))
+    dtype = _TYPES.get(str(first.get("quant_type", "")))
     if dtype is None:
         raise RecipeError(
             f"quant_type: wanted {', '.join(_TYPES)}, got {first.get('quant_type')!r}", where=place
@@ -121,8 +121,11 @@ def _encoding(parts: list[dict[str, Any]], place: str) -> Encoding:
 def _of_range(part: dict[str, Any], dtype: str, place: str) -> Encoding:
     low, high = part["rmin"], part["rmax"]
     for end in (low, high):
-        if (not is_int(end) and not isinstance(end, float)) or not np.isfinite(end):
+        # not finite as a float32, or no number at all
+        if (not is_int(end) and not isinstance(end, float)) or not abs(end) <= LARGEST_SCALE:
             raise RecipeError(f"rmin, rmax: wanted finite numbers, got {kind(end)}", where=place)
+    if low > high:
+        raise RecipeError("rmin is above rmax", where=place)
     return Encoding.of_range(low, high, dtype, symmetric=bool(part.get("symmetric")))
 
 

@@ -353,7 +353,7 @@ class PassManager:
                 if changes and not isinstance(step, PassManager):
                     model.check()
                     model.revision += 1
-            except OnnxqError:
+            except (OnnxqError, MemoryError):
                 raise
             except Exception as error:
                 done = tuple(p.name for p in ctx.report.passes)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 
 from onnxq.errors import CalibrationError, RecipeError, did_you_mean
+from onnxq.files import LARGEST_TOML, parse_toml, read_limited
 from onnxq.readers import read_picture
 from onnxq.signature import TensorSpec
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 __all__ = ["PRESETS", "Preprocess"]
+
+_LONGEST = 65_535  # pixels of a side
 
 Fit = Literal["stretch", "crop", "letterbox", "letterbox-top-left"]
 Order = Literal["RGB", "BGR", "GRAY"]
@@ -129,11 +130,11 @@ class Preprocess:
             RecipeError: The file cannot be read, or a key or a value means nothing.
         """
         try:
-            given = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            given = parse_toml(read_limited(path, LARGEST_TOML).decode())
         except OSError as error:
             what = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
             raise RecipeError(f"preprocessing: {what}", where=path, fix="check the path") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        except ValueError as error:  # no TOML, no UTF-8
             raise RecipeError(f"is not TOML: {error}", where=path) from error
         known = [f.name for f in fields(cls)]
         for key in given:
@@ -170,7 +171,7 @@ class Preprocess:
         is_path = isinstance(picture, (str, os.PathLike))
         where = os.fspath(cast("str", picture)) if is_path else "picture"
         image = read_picture(picture, "L" if self.channels == 1 else "RGB", where)
-        pixels = np.asarray(self._fitted(image, target), np.float32)
+        pixels = np.asarray(self._fitted(image, target, where), np.float32)
         if pixels.ndim == 2:
             pixels = pixels[..., None]
         if self.order == "BGR":
@@ -214,7 +215,9 @@ class Preprocess:
         height, width = (s if isinstance(s, int) else o for s, o in zip(sides, own, strict=True))
         return layout, (height, width)
 
-    def _fitted(self, image: Image.Image, target: tuple[int | None, int | None]) -> Image.Image:
+    def _fitted(
+        self, image: Image.Image, target: tuple[int | None, int | None], where: str
+    ) -> Image.Image:
         """The picture in the target's size; a side that is None keeps the proportions."""
         from PIL import Image
 
@@ -223,6 +226,10 @@ class Preprocess:
             return image
         h = h or max(1, round(height * cast("int", w) / width))
         w = w or max(1, round(width * h / height))
+        if h * w > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise CalibrationError(
+                f"the picture would become one of {h} x {w}", where=where, fix="give a size"
+            )
         resample = Image.Resampling[self.interpolation.upper()]
         if self.fit == "stretch":
             return image.resize((w, h), resample)
@@ -281,9 +288,13 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
 
 
+def _is_side(value: Any) -> bool:
+    return _is_count(value) and value <= _LONGEST
+
+
 def _is_size(value: Any) -> bool:
-    pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_count, value))
-    return value is None or _is_count(value) or pair
+    pair = isinstance(value, tuple) and len(value) == 2 and all(map(_is_side, value))
+    return value is None or _is_side(value) or pair
 
 
 def _is_number(value: Any) -> bool:
@@ -303,7 +314,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 # Field -> whether a value fits, and what was wanted.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "size": (_is_size, "pixels, or [height, width]"),
+    "size": (_is_size, f"up to {_LONGEST} pixels, or [height, width]"),
     "crop_pct": (lambda v: _is_number(v) and 0 < v <= 1, "a fraction above 0, at most 1"),
     "pad_value": (lambda v: type(v) is int and 0 <= v <= 255, "an integer from 0 to 255"),
     "scale": (lambda v: _is_number(v) and v != 0, "a number other than 0"),

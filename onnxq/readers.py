@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -20,6 +21,8 @@ from typing import IO, TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from onnxq.errors import CalibrationError, UnreadableError
+from onnxq.files import check_regular
+from onnxq.limits import memory
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +42,8 @@ KINDS |= dict.fromkeys(_PICTURES, "pictures")
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # An archive that claims to hold more is taken for a mistake or an attack.
 LARGEST_NPZ = 8 << 30  # bytes
+_MOST_ARRAYS = 1_000  # of an archive: inputs of a model
+_LONGEST_HEADER = 10_000  # bytes, as numpy has it
 # What the readers of numpy, zipfile and Pillow raise on damaged files.
 _DAMAGE = (
     *(OSError, ValueError, EOFError, LookupError, SyntaxError, RuntimeError, NotImplementedError),
@@ -159,6 +164,10 @@ class Stored:
         order: Literal["F", "C"] = "F" if self.fortran else "C"
         if 0 in self.shape:  # cannot be mapped
             return np.empty(self.shape, self.dtype)
+        if self.member is not None and math.prod(self.shape) * self.dtype.itemsize > memory():
+            raise CalibrationError(
+                "the array is larger than memory", where=self.where, fix="save it as .npy"
+            )
         with _reading(self.where):
             if self.member is None:
                 mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape, order)
@@ -209,23 +218,33 @@ def read_npy(path: Path) -> Stored:
     Raises:
         UnreadableError: The file is damaged, or holds Python objects.
     """
-    with _reading(path), open(path, "rb") as file:
-        return _header(file, path, None, os.fstat(file.fileno()).st_size)
+    with _reading(path):
+        size = check_regular(path)
+        with open(path, "rb") as file:
+            return _header(file, path, None, size)
 
 
-def read_npz(path: Path) -> dict[str, Stored]:
+def read_npz(path: Path, largest: int | None = None) -> dict[str, Stored]:
     """The arrays of a .npz archive by name.
+
+    Args:
+        path: The archive.
+        largest: Bytes that it may hold, unpacked; None: `LARGEST_NPZ`.
 
     Raises:
         UnreadableError: The file is damaged, claims to be huge, or holds Python objects.
     """
     arrays = {}
+    with _reading(path):
+        check_regular(path)
     with _reading(path), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
+        if largest is None and len(members) > _MOST_ARRAYS:
+            raise ValueError(f"it holds {len(members):,} arrays")
         claimed = sum(m.file_size for m in members)
-        if claimed > LARGEST_NPZ:
+        if claimed > (largest := LARGEST_NPZ if largest is None else largest):
             raise UnreadableError(
-                f"the archive claims {claimed / 2**30:.0f} GiB, more than {LARGEST_NPZ >> 30}",
+                f"the archive claims {claimed / 2**30:.0f} GiB, more than {largest >> 30}",
                 where=path,
                 fix="save it as .npy, or as one .npz per sample",
             )
@@ -253,13 +272,23 @@ def _header(file: IO[bytes], path: Path, member: str | None, size: int) -> Store
         raise ValueError(f"version {version} of numpy's format")
     first = version == (1, 0)
     reader = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = reader(file)
+    length = file.read(2 if first else 4)
+    if int.from_bytes(length, "little") > _LONGEST_HEADER:  # numpy would read it first
+        raise ValueError("its header is too long")
+    header = io.BytesIO(length + file.read(int.from_bytes(length, "little")))
+    try:
+        shape, fortran, dtype = reader(header)
+    except MemoryError as error:  # of Python's parser: brackets or signs in each other
+        raise ValueError("its header is nested too deeply") from error
     if dtype.hasobject:
         raise _pickled(where)
+    if dtype.itemsize == 0 or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError(f"it has no valid shape: {shape} of {dtype}")
+    offset = len(start) + len(version) + header.tell()
     values = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or file.tell() + values > size:
+    if offset + values > size:
         raise ValueError(f"it is cut off: wanted {values} bytes of values")
-    return Stored(path, member, shape, dtype, fortran, file.tell())
+    return Stored(path, member, shape, dtype, fortran, offset)
 
 
 def _pickled(where: str) -> UnreadableError:
@@ -294,6 +323,7 @@ def read_pb(folder: Path, names: Collection[str]) -> dict[str, np.ndarray]:
     for file in files:
         try:
             with _reading(file):
+                check_regular(file)
                 proto = TensorProto.FromString(file.read_bytes())
                 if proto.data_location == TensorProto.EXTERNAL:
                     raise ValueError("its data lies in another file")
@@ -330,6 +360,7 @@ def read_picture(
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             if isinstance(picture, Image.Image):
                 return _eight_bit(ImageOps.exif_transpose(picture), mode, where)
+            check_regular(picture)
             with Image.open(picture, formats=_FORMATS) as image:
                 return _eight_bit(ImageOps.exif_transpose(image), mode, where)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

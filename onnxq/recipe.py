@@ -34,6 +34,7 @@ from typing import Any, Literal, Union
 
 from onnxq import passes
 from onnxq.errors import RecipeError, TargetError, UnsupportedError, did_you_mean
+from onnxq.files import LARGEST_TOML, parse_toml, read_limited
 from onnxq.pass_manager import After, Pass, PassManager
 from onnxq.targets import TARGETS
 
@@ -177,7 +178,7 @@ def load(source: str | os.PathLike[str]) -> Recipe:
         return loads(RECIPES[source], where=f"recipe {source}")
     path = Path(source)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = read_limited(path, LARGEST_TOML).decode("utf-8-sig")
     except FileNotFoundError as error:
         if isinstance(source, str) and path.suffix != ".toml":
             known = f"recipes are {', '.join(RECIPES)}, or give a .toml file"
@@ -202,8 +203,8 @@ def loads(text: str, *, where: object = "recipe") -> Recipe:
         RecipeError: A mistake in it; says where, and what was meant.
     """
     try:
-        table = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        table = parse_toml(text)
+    except ValueError as error:
         raise RecipeError(f"not TOML: {error}", where=where) from error
     keys = ("name", "description", "target", "pass")
     for key in table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +11,8 @@ import onnx
 from onnx import external_data_helper, numpy_helper
 
 from onnxq.errors import ModelError, UnsupportedError
+from onnxq.model_io import TWO_GB
+from onnxq.well_formed import attributes, graphs
 
 __all__ = ["Extras", "dense", "normalize", "remember", "restore"]
 
@@ -53,15 +55,14 @@ def normalize(proto: onnx.ModelProto, path: Path | None) -> None:
             raise _untyped(f"tensor {tensor.name}", path)
     for opset in proto.opset_import:
         opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
-    for graph in _graphs(proto.graph):
+    for graph in graphs(proto.graph):
         for info in (*graph.input, *graph.output, *graph.value_info):
             if info.type.tensor_type.elem_type not in (0, *_TYPES):
                 raise _untyped(f"tensor {info.name}", path)
         for node in graph.node:
             if node.domain == "ai.onnx":
                 node.domain = ""
-            for attribute in node.attribute:
-                place = f"attribute {attribute.name} of {node.op_type} {node.name}"
+            for place, attribute in attributes(node):
                 if attribute.type == onnx.AttributeProto.UNDEFINED:
                     raise _untyped(place, path)
                 if (kind := _not_carried(attribute)) is not None:
@@ -154,29 +155,34 @@ def restore(proto: onnx.ModelProto, extras: Extras) -> None:
 
 
 def dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
-    """A sparse tensor in full."""
-    values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
-    array = np.zeros(tuple(sparse.dims), values.dtype)
-    if indices.ndim == 1:
-        array.reshape(-1)[indices] = values
-    else:
-        array[tuple(indices.T)] = values
+    """A sparse tensor in full.
+
+    Raises:
+        ModelError: Its parts do not fit together, or it would be too large to be written.
+    """
+    place, fix = f"sparse tensor {sparse.values.name}", "export the model again"
+    try:
+        values, indices = (
+            numpy_helper.to_array(sparse.values),
+            numpy_helper.to_array(sparse.indices),
+        )
+        shape = tuple(sparse.dims)
+        if min(shape, default=0) < 0 or math.prod(shape) * values.itemsize > TWO_GB:
+            raise ModelError("in full it would take more than 2 GB", where=place, fix=fix)
+        array = np.zeros(shape, values.dtype)
+        if indices.ndim == 1:
+            array.reshape(-1)[indices] = values
+        else:
+            array[tuple(indices.T)] = values
+    except (IndexError, TypeError, ValueError) as error:
+        raise ModelError("its indices and values do not fit", where=place, fix=fix) from error
     return array
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and its subgraphs at all depths."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
 
 
 def _write_once(graph: onnx.GraphProto, shared: set[str]) -> None:
     """Move constants of the main graph, which graphsurgeon copies into subgraphs, back to it."""
     main = {t.name: t for t in graph.initializer}
-    for inner in _graphs(graph):
+    for inner in graphs(graph):
         for index in reversed(range(len(inner.initializer) if inner is not graph else 0)):
             tensor = inner.initializer[index]
             if tensor.name in shared and tensor.name not in main:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from onnxq.errors import OnnxqError, RecipeError
+from onnxq.files import read_limited
 from onnxq.report import write_text
 
 __all__ = ["Budget", "Candidate", "Choice", "Search", "Sensitivities", "select"]
@@ -296,7 +297,7 @@ class Sensitivities:
         """
         fix = "delete the file, and it is made again"
         try:
-            table = json.loads(path.read_text(encoding="utf-8"))
+            table = json.loads(read_limited(path, 1 << 28))
             if table.pop("version") != _VERSION:
                 raise ValueError("another version")
             found = cls(**table | {"choices": tuple(_choice(c) for c in table["choices"])})
@@ -304,7 +305,7 @@ class Sensitivities:
                 raise ValueError("a cost is no count")
         except OSError as error:
             raise OnnxqError(f"cannot be read: {error.strerror}", where=path) from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise OnnxqError("is no table of sensitivities", where=path, fix=fix) from error
         if found.model != model:
             raise OnnxqError("the sensitivities belong to another model", where=path, fix=fix)

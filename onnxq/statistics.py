@@ -16,8 +16,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from onnxq.errors import CalibrationError, ModelError, RecipeError
+from onnxq.files import check_regular
 from onnxq.kernels import observe as counting
 from onnxq.kernels import ranges
+from onnxq.readers import read_npz
 from onnxq.runtime import Session, cores
 from onnxq.scratch import whole_file
 
@@ -39,6 +41,7 @@ AVERAGING = 0.01
 
 # Samples are run side by side as far as their tensors fit into this many bytes.
 _ROOM = 1 << 31
+_LARGEST = 1 << 30  # bytes of a file of statistics, unpacked
 
 _FORMAT = "onnxq statistics 1"
 
@@ -271,14 +274,15 @@ class Statistics(Mapping[str, TensorStatistics]):
             CalibrationError: No such file, or not a whole one.
         """
         try:
-            with open(path, "rb") as raw:  # numpy leaves it open when it is no .npz
-                return cls._parse(np.load(raw, allow_pickle=False))
+            check_regular(path)
+            stored = read_npz(Path(path), _LARGEST)
+            return cls._parse({name: array.read().copy() for name, array in stored.items()})
         except FileNotFoundError as error:
             raise CalibrationError("no such file", where=path, fix="check the path") from error
         except OSError as error:
             raise CalibrationError(f"cannot be read: {error.strerror}", where=path) from error
         except Exception as error:  # zipfile, zlib, json and numpy: all that a broken file raises
-            says = "it holds pickled objects or none" if "allow_pickle" in str(error) else error
+            says = error.what if isinstance(error, CalibrationError) else error
             raise CalibrationError(
                 f"not a file of statistics: {says}", where=path, fix="collect the statistics again"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,8 @@ POOL, MOST = 6, 256
 FIRST = 3
 # Inputs of a one-dimensional convolution that are shorter than this are no sounds.
 SOUND_LENGTH = 256
+# Values of an input that is made up, at most: a colour picture of 6,600 x 6,600.
+LARGEST = 1 << 27
 # Sizes tried where the model leaves them open, until it runs.
 SIZES: dict[Kind, tuple[int, ...]] = {
     "picture": (224, 256, 320, 192, 128, 64, 32, 416, 512, 640),
@@ -200,6 +203,7 @@ class _Maker:
             )
         failure: ModelError | None = None
         for specs in _attempts(session.inputs, kinds, bool(self.states)):
+            _check_sizes(specs)
             sources = [self._source(spec, kinds[spec.name], preprocess) for spec in specs]
             try:
                 session.run(_feed(sources, _rows(sources, 0)))
@@ -476,6 +480,14 @@ def _is_like(one: TensorSpec, two: TensorSpec) -> bool:
         {a, b} for a, b in zip(one.shape, two.shape, strict=False) if {type(a), type(b)} == {int}
     )
     return len(one.shape) == len(two.shape) and all(len(sizes) == 1 for sizes in fixed)
+
+
+def _check_sizes(specs: Sequence[TensorSpec]) -> None:
+    for spec in specs:
+        if math.prod(cast("tuple[int, ...]", spec.shape)) > LARGEST:
+            raise CalibrationError(
+                "the input is too large for samples to be made up", where=spec, fix="give samples"
+            )
 
 
 def _attempts(

@@ -6,14 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-import click
-from rich.markup import escape
-
 from onnxq.analysis.error import OutputError
 from onnxq.analysis.findings import Analysis, LayerFindings
 from onnxq.analysis.latency import WARM_UP, Latency
 from onnxq.analysis.sensitivity import decibel
 from onnxq.api import Comparison, Inspection
+from onnxq.console import echo
 from onnxq.console import show as _print
 from onnxq.console import table as _table
 from onnxq.deployment import MANIFEST, Deployment
@@ -77,10 +75,10 @@ def summary(report: Report, source: Path, destination: Path) -> None:
         table.add_row(f"output {output['name']}", error_line(output))
     seconds = ", ".join(f"{p.name} {p.seconds:.1f}" for p in report.passes if p.seconds >= 0.05)
     table.add_row("seconds", f"{facts['seconds']:.1f}" + (f" ({seconds})" if seconds else ""))
-    click.echo(f"{source} -> {destination}")
+    echo(f"{source} -> {destination}")
     _print(table)
     for line in refusals(report):
-        click.echo(line)
+        echo(line)
 
 
 def refusals(report: Report) -> list[str]:
@@ -112,7 +110,7 @@ def compression(report: Report, source: Path, destination: Path) -> None:
             *(f"{100 * share:.0f} %" for share in shares),
             f"{100 * layer['error']:.2f} %",
         )
-    click.echo(f"{source} -> {destination}")
+    echo(f"{source} -> {destination}")
     _print(layers)
     table = _table("", "")
     macs, stored = found["macs"], facts["bytes"]
@@ -128,7 +126,7 @@ def compression(report: Report, source: Path, destination: Path) -> None:
     table.add_row("seconds", f"{facts['seconds']:.1f}")
     _print(table)
     for line in refusals(report):
-        click.echo(line)
+        echo(line)
 
 
 def comparison(result: Comparison) -> None:
@@ -147,13 +145,13 @@ def comparison(result: Comparison) -> None:
     for output in (o.to_dict() for o in result.outputs):
         if output["left_out"]:
             count = f"{output['left_out']} values that are NaN or infinite in both"
-            click.echo(f"output {output['name']}: {count} are left out")
+            echo(f"output {output['name']}: {count} are left out")
     first, second = result.bytes
-    click.echo(f"bytes: {megabytes(first)} -> {megabytes(second)}, {first / second:.2f} times")
+    echo(f"bytes: {megabytes(first)} -> {megabytes(second)}, {first / second:.2f} times")
     if result.latency is not None:
         _latency(result.latency)
     for note in result.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _latency(found: Latency) -> None:
@@ -163,8 +161,8 @@ def _latency(found: Latency) -> None:
         for s, unit in ((found.reference_ms, " ms"), (found.other_ms, " ms"), (found.speedup, ""))
     ]
     threads = f"threads: {found.threads or 'all cores'}"
-    click.echo(f"latency: {texts[0]} -> {texts[1]} a sample, speedup {texts[2]}")
-    click.echo(
+    echo(f"latency: {texts[0]} -> {texts[1]} a sample, speedup {texts[2]}")
+    echo(
         f"  median (quartiles) of {found.runs} runs each, in turns, {WARM_UP} before left out;"
         f" {found.provider}, {threads}"
     )
@@ -179,20 +177,20 @@ def differences(result: Differences) -> None:
         _print(table)
     for side, names in (("first", result.only_first), ("second", result.only_second)):
         for name in names[:LISTED]:
-            click.echo(f"only in the {side}: {name}")
+            echo(f"only in the {side}: {name}")
         if len(names) > LISTED:
-            click.echo(f"only in the {side}: {len(names) - LISTED} more, see --json")
-    click.echo(f"{result.equal} encodings are the same, {len(result.different)} differ")
+            echo(f"only in the {side}: {len(names) - LISTED} more, see --json")
+    echo(f"{result.equal} encodings are the same, {len(result.different)} differ")
 
 
 def inspection(result: Inspection) -> None:
     """Layers, cost and weight ranges."""
-    click.echo(f"{result.path}: opset {result.opset}, constants {megabytes(result.nbytes)}")
-    click.echo("inputs:  " + "; ".join(result.inputs))
-    click.echo("outputs: " + "; ".join(result.outputs))
+    echo(f"{result.path}: opset {result.opset}, constants {megabytes(result.nbytes)}")
+    echo("inputs:  " + "; ".join(result.inputs))
+    echo("outputs: " + "; ".join(result.outputs))
     for stored in result.storage:
-        click.echo(f"weights: {stored}")
-    click.echo("operators: " + ", ".join(f"{n} {op}" for op, n in result.operators.items()))
+        echo(f"weights: {stored}")
+    echo("operators: " + ", ".join(f"{n} {op}" for op, n in result.operators.items()))
     columns = ("layer", "op", "weight", "parameters", "MACs", "min", "max", "spread")
     table = _table(*columns)
     for layer in result.layers:
@@ -209,25 +207,25 @@ def inspection(result: Inspection) -> None:
     _print(table)
     macs = [layer.cost.macs for layer in result.layers if layer.cost.macs is not None]
     parameters = sum(layer.cost.parameters for layer in result.layers)
-    click.echo(f"sum: {parameters:,} parameters, {sum(macs):,} MACs a sample")
-    click.echo("spread: largest |weight| of a channel over the median channel's")
+    echo(f"sum: {parameters:,} parameters, {sum(macs):,} MACs a sample")
+    echo("spread: largest |weight| of a channel over the median channel's")
     for note in result.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def analysis(result: Analysis) -> None:
     """The most fragile layers, why, and what would help; where the error enters."""
     facts, totals = result.model, result.totals
-    click.echo(
+    echo(
         f"{facts['name']}: {totals['layers']} layers, {totals['parameters']:,} parameters,"
         f" {millions(totals['macs'])} MACs a sample,"
         f" activations {megabytes(totals['activation_bytes'])}"
     )
     if not result.layers:
-        click.echo("the model has no layer with constant weights: there is nothing to rank")
+        echo("the model has no layer with constant weights: there is nothing to rank")
     fragile = result.fragile[:FRAGILE]
     if fragile:
-        click.echo(
+        echo(
             f"weights {result.weights}, activations {result.activations}: noise of all layers"
             f" expected at the outputs {_number(totals['sqnr_db'], '.1f')} dB"
         )
@@ -235,29 +233,29 @@ def analysis(result: Analysis) -> None:
         _advice(fragile)
     unknown = [layer for layer in result.layers if layer.share is None]
     for layer in unknown[:LISTED]:
-        click.echo(f"not ranked: {layer.name} ({layer.op}): {layer.reason}")
+        echo(f"not ranked: {layer.name} ({layer.op}): {layer.reason}")
     if len(unknown) > LISTED:
-        click.echo(f"not ranked: {len(unknown) - LISTED} more layers, see --json")
+        echo(f"not ranked: {len(unknown) - LISTED} more layers, see --json")
     drops = [t for t in result.tensors if t.drop_db is not None and t.drop_db > 0]
     for tensor in sorted(drops, key=lambda t: -(t.drop_db or 0.0))[:DROPS]:
-        click.echo(
+        echo(
             f"error enters: {tensor.node} ({tensor.op}) takes {tensor.inherited_sqnr_db:.1f} dB to"
             f" {tensor.sqnr_db:.1f} dB"
         )
     for tensor in (t for t in result.tensors if t.name in result.model["output_names"]):
         found = tensor.sqnr_db if tensor.written_sqnr_db is None else tensor.written_sqnr_db
-        click.echo(f"all quantized, to nearest: output {tensor.name} {_number(found, '.1f')} dB")
+        echo(f"all quantized, to nearest: output {tensor.name} {_number(found, '.1f')} dB")
     for same in result.agreement:
-        click.echo(
+        echo(
             f"expected and measured, {same.part} {same.format}: rank correlation"
             f" {_number(same.spearman, '.2f')} over {same.layers} layers"
         )
     left = [layer for layer in result.layers if layer.left_in_float is not None]
     for layer in sorted(left, key=lambda x: x.left_in_float or 0.0)[:FRAGILE]:
         sqnr = decibel(layer.left_in_float)
-        click.echo(f"all quantized but {layer.name}: {_number(sqnr, '.1f')} dB")
+        echo(f"all quantized but {layer.name}: {_number(sqnr, '.1f')} dB")
     for note in result.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _advice(layers: Sequence[LayerFindings]) -> None:
@@ -271,7 +269,7 @@ def _advice(layers: Sequence[LayerFindings]) -> None:
             )
             names.append(f"{layer.name}{spares}")
     for command, (text, names) in commands.items():
-        click.echo(f"{', '.join(names)}: {text}\n  {command}")
+        echo(f"{', '.join(names)}: {text}\n  {command}")
 
 
 def _fragile(layers: Sequence[LayerFindings], result: Analysis) -> None:
@@ -280,38 +278,38 @@ def _fragile(layers: Sequence[LayerFindings], result: Analysis) -> None:
         weight = layer.sensitivity("weights", result.weights)
         read = layer.sensitivity("activations", result.activations)
         table.add_row(
-            escape(layer.name),
+            layer.name,
             layer.op,
             _number(layer.share, ".1%"),
             *(_number(decibel(s.effect) if s else None, ".1f") for s in (weight, read)),
-            escape(layer.reason),
+            layer.reason,
         )
     _print(table)
 
 
 def deployment(result: Deployment) -> None:
     """What lies in the folder, and how it was verified."""
-    click.echo(f"{result.folder}: {result.model} for {result.target}")
+    echo(f"{result.folder}: {result.model} for {result.target}")
     table = _table("file", "size", "what for")
     for file in result.files:
         table.add_row(file.name, megabytes(file.bytes), _PURPOSES[file.kind, file.style])
     manifest = result.folder / MANIFEST
     table.add_row(MANIFEST, megabytes(manifest.stat().st_size), "hashes, inputs, outputs, versions")
     _print(table)
-    click.echo("inputs:  " + "; ".join(map(str, result.inputs)))
-    click.echo("outputs: " + "; ".join(map(str, result.outputs)))
+    echo("inputs:  " + "; ".join(map(str, result.inputs)))
+    echo("outputs: " + "; ".join(map(str, result.outputs)))
     if result.integer_macs:
         share = result.integer_macs / result.macs
-        click.echo(f"MACs in integers on ARM: {share:.1%} of {millions(result.macs)} a sample")
+        echo(f"MACs in integers on ARM: {share:.1%} of {millions(result.macs)} a sample")
     count = max((o.samples for v in result.verifications for o in v.outputs), default=0)
     what = f"{count} samples" + (" that were made up" if result.verified_on == "made up" else "")
-    click.echo(f"verified in fresh sessions, against the .onnx optimized alike, on {what}:")
+    echo(f"verified in fresh sessions, against the .onnx optimized alike, on {what}:")
     for found in result.verifications:
         loaded = ", optimizations replayed" if found.session else ""
         for output in found.outputs:
-            click.echo(f"  {found.file}{loaded}: {output.name}: {_agreement(output)}")
+            echo(f"  {found.file}{loaded}: {output.name}: {_agreement(output)}")
     for note in result.notes:
-        click.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def _agreement(output: OutputError) -> str:
@@ -326,25 +324,25 @@ def pass_list() -> None:
     for name in PASSES:
         table.add_row(name, page(name).summary)
     _print(table)
-    click.echo(f"recipes: {', '.join(RECIPES)}; onnxq passes NAME shows one pass")
+    echo(f"recipes: {', '.join(RECIPES)}; onnxq passes NAME shows one pass")
 
 
 def pass_page(name: str) -> None:
     """One pass: what it does, its options, how it is written in a recipe."""
     found = page(name)
-    click.echo(f"{name}\n\n{found.summary}\n")
+    echo(f"{name}\n\n{found.summary}\n")
     for block in found.blocks:
         indent = "    " if block.kind == "literal" else ""
-        click.echo(textwrap.indent(block.text, indent) + "\n")
+        echo(textwrap.indent(block.text, indent) + "\n")
     if found.source:
         source = textwrap.fill(f"Source: {found.source}", 100, break_on_hyphens=False)
-        click.echo(f"{source}\n")
+        echo(f"{source}\n")
     if found.options:
         table = _table("option", "takes", "default", "meaning")
         for option, meaning in found.options:
             table.add_row(option.name, option.takes, option.default_text or "required", meaning)
         _print(table)
-    click.echo(f"In a recipe:\n\n{found.recipe}\n\nIn Python: onnxq.passes.{found.class_name}")
+    echo(f"In a recipe:\n\n{found.recipe}\n\nIn Python: onnxq.passes.{found.class_name}")
 
 
 def _number(value: float | None, spec: str) -> str:

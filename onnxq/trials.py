@@ -214,7 +214,11 @@ class _Run:
         if kept is not None:
             for index, layer in enumerate(self.layers):
                 if (known := kept.restore(index)) is not None:
-                    found[layer.name] = {k: Outcome(**v) for k, v in known.items()}
+                    outcomes = _outcomes(known)
+                    keys = {trial.key for trial in self.trials[layer.name]}
+                    if outcomes is None or outcomes.keys() != keys:
+                        raise kept.refuse(index)
+                    found[layer.name] = outcomes
         threads = min(threads, cores()) or cores()
         pool = ThreadPoolExecutor(threads) if executor is None else executor
         pending: deque[tuple[int, Future[dict[str, Outcome]]]] = deque()
@@ -286,6 +290,22 @@ class _Run:
 
     def _of(self, layer: Layer) -> Sequence[Trial]:
         return self.trials[layer.name]
+
+
+def _outcomes(known: object) -> dict[str, Outcome] | None:
+    """What was kept of a layer; None if it is anything else."""
+    if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+        return None
+    numbers = (int, float, type(None))
+    try:
+        found = {key: Outcome(**fields) for key, fields in known.items()}
+    except TypeError:
+        return None
+    fits = all(
+        isinstance(o.effect, numbers) and isinstance(o.metric, numbers) and isinstance(o.note, str)
+        for o in found.values()
+    )
+    return found if fits else None
 
 
 def _told(encoding: Encoding | None) -> object:

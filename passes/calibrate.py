@@ -14,8 +14,9 @@ from onnxq.analysis.distribution import Distribution, propagate, statistics_of
 from onnxq.analysis.unseen import UNSEEN, UNSEEN_CLASSES, class_scores, widened
 from onnxq.biases import guard_bias, written_bias
 from onnxq.encoding import Encoding, Format
-from onnxq.errors import CalibrationError, ModelError
+from onnxq.errors import CalibrationError
 from onnxq.formats import LayerFormat, weight_encoding
+from onnxq.healthy import check_constants, finite
 from onnxq.kernels.gates import gate_range
 from onnxq.kernels.observe import moments, tally
 from onnxq.model import Layer, Model, consumers, producer
@@ -33,7 +34,6 @@ SHARED_NOISE = 1.5
 # Values from which on the range of a single channel is believed, and for each sample, so that
 # results without positions, such as scores of classes, are not.
 MANY_VALUES, MANY_A_SAMPLE = 100, 2
-_FLOATS = (np.float16, np.float32, np.float64)
 # Bins of a model input's histogram.
 INPUT_BINS = 4096
 # How many standard deviations a channel spans where batch normalization tells its range.
@@ -172,7 +172,7 @@ class Calibrate:
         for layer in model.layers():
             if layer.name in placement.float_nodes:
                 changes.skip(layer.name, placement.float_nodes[layer.name])
-        _check_constants(model, placement)
+        check_constants(model, placement.nodes)
         measured = _Activations(self, model, placement, ctx)
         activations = measured.encode()
         activations.update(self._encode_exits(measured))
@@ -606,41 +606,6 @@ def _silu(x: np.ndarray) -> np.ndarray:
 def _hard_swish(x: np.ndarray, *, slope: float, offset: float) -> np.ndarray:
     y: np.ndarray = x * np.clip(slope * x + offset, 0, 1)
     return y
-
-
-def _check_constants(model: Model, placement: Placement) -> None:
-    """Name a constant that is NaN before it shows in every activation.
-
-    What runs in integers may not be infinite either; elsewhere, a mask of -inf means something.
-    """
-    for node in model.graph.nodes:
-        for tensor in node.inputs:
-            if isinstance(tensor, gs.Constant) and tensor.dtype in _FLOATS:
-                if node.name in placement.nodes:
-                    finite(model, tensor)
-                elif bad := int(np.isnan(values := model.array(tensor)).sum()):
-                    raise _unhealthy(f"{bad} of {values.size} values are NaN", tensor)
-
-
-def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
-    """The values of a constant.
-
-    Raises:
-        ModelError: A value is NaN or infinite.
-    """
-    values = model.array(tensor)
-    if not np.isfinite(values).all():
-        bad = int(values.size - np.isfinite(values).sum())
-        raise _unhealthy(f"{bad} of {values.size} values are NaN or infinite", tensor)
-    return values
-
-
-def _unhealthy(what: str, tensor: gs.Tensor) -> ModelError:
-    return ModelError(
-        what,
-        where=f"weight {tensor.name}",
-        fix="export the model again from a healthy checkpoint",
-    )
 
 
 def _merged(known: Mapping[str, TensorStatistics], names: list[str]) -> TensorStatistics:

@@ -14,6 +14,7 @@ from onnx import helper, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter, dtype_to_onnx
 
 from onnxq.errors import OnnxqError
+from onnxq.inference import inferred
 from onnxq.model import Layer, Model, has_subgraph, is_standard, rewire
 from onnxq.report import Changes
 from onnxq.runtime import Session
@@ -171,12 +172,11 @@ def _result_size(node: gs.Node, proto: onnx.ModelProto) -> tuple[int, int] | Non
     """Values and bytes that the node puts out, found without running it; None if not known."""
     if node.op in SELECTING:
         return 0, 0
-    try:
-        graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    known = inferred(proto)
+    if known is None:
         return None
     values = total = 0
-    for info in graph.output:
+    for info in known.graph.output:
         kind = info.type.tensor_type
         if not kind.HasField("shape") or not all(d.HasField("dim_value") for d in kind.shape.dim):
             return None

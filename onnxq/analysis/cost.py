@@ -14,6 +14,7 @@ import onnx_graphsurgeon as gs
 
 from onnxq import ops
 from onnxq.errors import ModelError, OnnxqError
+from onnxq.inference import inferred
 from onnxq.model import Model, is_standard, producer
 from onnxq.progress import Progress, Silent
 from onnxq.runtime import Session
@@ -305,12 +306,11 @@ def _inferred(model: Model, inputs: Shapes) -> dict[str, tuple[int, ...]]:
             info.type.tensor_type.shape.ClearField("dim")
             for size in shape:
                 info.type.tensor_type.shape.dim.add().dim_value = size
-    try:
-        graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, RuntimeError, ValueError):
+    known = inferred(proto)
+    if known is None:
         return {}
     found = {}
-    for info in (*graph.value_info, *graph.output):
+    for info in (*known.graph.value_info, *known.graph.output):
         kind = info.type.tensor_type
         sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in kind.shape.dim]
         if (

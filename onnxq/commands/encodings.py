@@ -109,6 +109,7 @@ def export(
     if complete != (calib is not None):
         raise click.UsageError("--complete needs samples, and nothing else does: give both or none")
     from onnxq import api, encoding_files
+    from onnxq.console import echo
 
     made = [destination, float_model, json_file]
     api.check_outputs(made, models=[source], others=[calib])
@@ -124,9 +125,9 @@ def export(
     )
     write_json(json_file, {"encodings": len(found), "float_nodes": found.float_nodes})
     if not quiet:
-        click.echo(f"{len(found)} encodings -> {destination}")
+        echo(f"{len(found)} encodings -> {destination}")
         for note in notes:
-            click.echo(note)
+            echo(note)
 
 
 @encodings.command(epilog="See also: onnxq encodings diff, to see that nothing was lost.")
@@ -145,13 +146,14 @@ def convert(source: Path, destination: Path, version: str, model: Path | None, q
       onnxq encodings convert new.json overrides.json --to overrides
     """
     from onnxq import api, encoding_files
+    from onnxq.console import echo
 
     api.check_outputs([destination], models=[source, model])
     found = encoding_files.convert(source, destination, version=version, model=model)
     if not quiet:
-        click.echo(f"{len(found)} encodings -> {destination}")
+        echo(f"{len(found)} encodings -> {destination}")
         for name, kind in found.float_tensors.items():
-            click.echo(f"left out: {name} is {kind}")
+            echo(f"left out: {name} is {kind}")
 
 
 @encodings.command(epilog="See also: onnxq compare, to measure the result.")

@@ -45,6 +45,10 @@ class Group(click.Group):
                 if interrupts or isinstance(error, KeyboardInterrupt):
                     click.echo("interrupted; no file was left half-written", err=True)
                     ctx.exit(130)
+                if isinstance(error, MemoryError):
+                    fix = "give smaller inputs"
+                    click.echo(f"error: there is not enough memory for this; {fix}", err=True)
+                    ctx.exit(1)
                 if isinstance(error, OnnxqError) and not isinstance(error, PassError):
                     click.echo(f"error: {error}", err=True)
                     ctx.exit(1)

@@ -471,7 +471,7 @@ def test_files_that_are_something_else(tmp_path, laplace):
         ({"offset": arrays["offset"] + 1}, "do not add up"),
         ({"maximum": arrays["maximum"] * np.inf}, "do not add up"),
         ({"minimum": arrays["minimum"] * np.nan}, "do not add up"),
-        ({"bins0": np.array([print])}, "it holds pickled objects"),
+        ({"bins0": np.array([print])}, "pickled Python objects"),
         ({"count": np.array([])}, "not a file of statistics"),
     ):
         write(file, **({"about": about} | arrays | change))
