@@ -1,6 +1,6 @@
 """Try verbs on every model of a large corpus, and count what comes out.
 
-    python benchmarks/corpus.py [--only GLOB] [--verb VERB]... [--seed N] [--graphs N]
+python benchmarks/corpus.py [--only GLOB] [--verb VERB]... [--seed N] [--graphs N]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tests.corpus.cases import corpus, named  # noqa: E402
-from tests.corpus.verdict import FAILURES, VERBS, Verdict, judge, kind  # noqa: E402
+from tests.corpus.verdict import FAILURES, MORE, VERBS, Verdict, judge, kind  # noqa: E402
 
 
 def work(pipe: Any) -> None:
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", action="append", metavar="GLOB")
-    parser.add_argument("--verb", action="append", choices=[*VERBS])
+    parser.add_argument("--verb", action="append", choices=[*VERBS, *MORE])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--graphs", type=int, default=300)
     parser.add_argument("--limit", type=float, default=120.0)
@@ -76,9 +76,14 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     worker = Worker(args.limit)
     rows = []
-    for case in corpus(seed=args.seed, count=args.graphs):
-        if args.only and not any(fnmatch(case.name, g) for g in args.only):
-            continue
+    cases = [
+        case
+        for case in corpus(seed=args.seed, count=args.graphs)
+        if not args.only or any(fnmatch(case.name, g) for g in args.only)
+    ]
+    for number, case in enumerate(cases):
+        if number % 50 == 0:
+            print(f"{number} of {len(cases)}", file=sys.stderr, flush=True)
         for verb in args.verb or VERBS:
             start = time.time()
             verdict = worker.judge(case.name, verb)
@@ -92,7 +97,9 @@ def main(arguments: list[str] | None = None) -> int:
     for verb in args.verb or VERBS:
         mine = [r for r in rows if r["verb"] == verb]
         print(f"\n{verb}: {len(mine)}")
-        for (outcome, why), n in Counter((r["outcome"], kind(r["why"])) for r in mine).most_common():
+        for (outcome, why), n in Counter(
+            (r["outcome"], kind(r["why"])) for r in mine
+        ).most_common():
             print(f"  {n:5d} {outcome}: {why}")
     return int(any(r["outcome"] in FAILURES for r in rows))
 

@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+# The first operator set of which onnxruntime has all operators.
+LEAST_OPSET = 7
+
+
 @dataclass(frozen=True)
 class BatchNormStatistics:
     """What a folded BatchNormalization knew: each channel is about N(beta, gamma^2).
@@ -458,13 +462,14 @@ class Model:
 
 
 def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
-    """Read an ONNX model.
+    """Read an ONNX model; one of an operator set that onnxruntime has left behind is converted.
 
     Args:
         path: A file, a ModelProto (copied), or a model (cloned).
 
     Raises:
-        ModelError: The file is missing, broken, empty, or refers to weights outside its folder.
+        ModelError: The file is missing, broken, empty, refers to weights outside its folder, or
+            cannot be converted.
     """
     if isinstance(path, Model):
         return path.clone()
@@ -477,8 +482,11 @@ def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
                 where=f"tensor {external[0].name}",
                 fix="give the path of the model, or load its external data first",
             )
-        return Model(proto)
-    return Model(read_proto(Path(path)), Path(path))
+        model = Model(proto)
+    else:
+        model = Model(read_proto(Path(path)), Path(path))
+    model.raise_opset(LEAST_OPSET)
+    return model
 
 
 def _slot(items: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:

@@ -148,7 +148,9 @@ def _with_weights(file: Path) -> Callable[[], onnx.ModelProto]:
         model = onnx.load(file)
         rng = np.random.default_rng(0)
         shapes = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
-        readers = {n: (node, slot) for node in model.graph.node for slot, n in enumerate(node.input)}
+        readers = {
+            n: (node, slot) for node in model.graph.node for slot, n in enumerate(node.input)
+        }
         kept = []
         for node in model.graph.node:
             if node.op_type != "ConstantOfShape" or node.output[0] not in readers:
@@ -157,7 +159,9 @@ def _with_weights(file: Path) -> Callable[[], onnx.ModelProto]:
             reader, slot = readers[node.output[0]]
             shape = tuple(int(n) for n in shapes[node.input[0]])
             if reader.op_type == "BatchNormalization":
-                array = rng.uniform(0.5, 1.5, shape) if slot in (1, 4) else rng.normal(0, 0.2, shape)
+                array = (
+                    rng.uniform(0.5, 1.5, shape) if slot in (1, 4) else rng.normal(0, 0.2, shape)
+                )
             else:
                 fan_in = max(1, int(np.prod(shape[1:])))
                 array = rng.normal(0, (2 / fan_in) ** 0.5 if shape[1:] else 0.1, shape)

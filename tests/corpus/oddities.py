@@ -13,7 +13,9 @@ from tests.corpus.builder import BOOL, INT64, STRING, Builder, tensor_type
 __all__ = ["ENDS", "FINISHES", "STEPS"]
 
 
-def _graph(b: Builder, nodes: list[onnx.NodeProto], result: str, **parts: object) -> onnx.GraphProto:
+def _graph(
+    b: Builder, nodes: list[onnx.NodeProto], result: str, **parts: object
+) -> onnx.GraphProto:
     """A subgraph with one output of the element type of the graph."""
     outputs = parts.pop("outputs", None) or [helper.make_tensor_value_info(result, b.kind, None)]
     inputs = parts.pop("inputs", [])
@@ -590,9 +592,7 @@ def indices(b: Builder) -> None:
     """A table that integers index."""
     b.input("tokens", ["N", 4], INT64)
     rows = b.node("Gather", b.constant(b.rng.normal(0, 1, (11, 6))), "tokens")
-    b.nodes.append(
-        helper.make_node("MatMul", [rows, b.constant(b.weight((3, 6)).T)], ["embedded"])
-    )
+    b.nodes.append(helper.make_node("MatMul", [rows, b.constant(b.weight((3, 6)).T)], ["embedded"]))
     b.output("embedded", None)
 
 
@@ -726,6 +726,13 @@ def long_domain(model: onnx.ModelProto, rng: np.random.Generator) -> None:
 
 
 FINISHES: tuple[Callable[[onnx.ModelProto, np.random.Generator], None], ...] = (
-    *(inferred_shapes, unnamed_nodes, duplicate_names, strange_names, names_of_ours, initializers_are_inputs),
+    *(
+        inferred_shapes,
+        unnamed_nodes,
+        duplicate_names,
+        strange_names,
+        names_of_ours,
+        initializers_are_inputs,
+    ),
     *(sparse_weight, metadata, no_output_shapes, wrong_shapes, long_domain),
 )

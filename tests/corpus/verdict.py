@@ -8,6 +8,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,16 @@ import onnxq
 from onnxq.errors import OnnxqError, PassError
 from tests.corpus.cases import Case, Feed
 
-__all__ = ["FAILURES", "VERBS", "Verdict", "judge"]
+__all__ = ["FAILURES", "MORE", "VERBS", "Verdict", "judge"]
+
+Verb = Callable[[Path, Path, "_Reference"], "Verdict"]
 
 # What must not happen.
 FAILURES = ("traceback", "invalid", "changed", "diverging", "crashed", "out of time")
 # Float models that a pass wrote anew differ by roundings of float32.
 FLOAT_DB = 70.0
+# What is left out must be less than what stays.
+COMPRESSED_DB = 0.0
 # Samples made up for a model that comes without.
 MADE_UP = 4
 
@@ -78,7 +83,7 @@ def judge(case: Case, verb: str, folder: Path) -> Verdict:
     before = _digests(folder)
     try:
         reference = _Reference(source, case)
-        verdict = VERBS[verb](source, folder / "out.onnx", reference)
+        verdict = (VERBS | MORE)[verb](source, folder / "out.onnx", reference)
     except PassError as error:
         verdict = Verdict("traceback", _line(error), traceback.format_exc())
     except OnnxqError as error:
@@ -114,6 +119,8 @@ class _Reference:
         proto = onnx.load(source)
         for node in proto.graph.node:  # onnxruntime refuses names that nodes share
             node.name = ""
+        if next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")) < 7:
+            proto = onnx.version_converter.convert_version(proto, 7)
         try:
             self.session = _session(proto.SerializeToString(), LEVELS[0])
         except Exception as error:
@@ -139,15 +146,14 @@ class _Reference:
         return [*synthesize(model, count=2, seed=7)]
 
 
-def _quantize(source: Path, destination: Path, reference: _Reference) -> Verdict:
-    return _written(onnxq.quantize, source, destination, reference, "quantized")
+def _quantize(**options: object) -> Verb:
+    verb = partial(onnxq.quantize, **options)
+    return lambda *given: _written(verb, *given, "quantized")
 
 
-def _compress(source: Path, destination: Path, reference: _Reference) -> Verdict:
-    def verb(*args: object, **options: object) -> object:
-        return onnxq.compress(*args, macs=0.9, multiple=1, **options)
-
-    return _written(verb, source, destination, reference, "compressed")
+def _compress(**options: object) -> Verb:
+    verb = partial(onnxq.compress, macs=0.9, multiple=1, **options)
+    return lambda *given: _written(verb, *given, "compressed")
 
 
 def _written(
@@ -173,8 +179,6 @@ def _written(
         raise _WrongError("invalid", f"onnx.checker: {why}")
     result = onnx.load(destination)
     integers = any(n.op_type in ("QuantizeLinear", "DequantizeLinear") for n in result.graph.node)
-    given = onnx.load(source)
-    already = {n.op_type for n in given.graph.node}
     try:
         feeds = reference.feeds()
         wanted = [_run(reference.session, feed) for feed in feeds]
@@ -188,11 +192,14 @@ def _written(
             got = [_run(session, feed) for feed in feeds]
         except Exception as error:
             raise _WrongError("invalid", f"does not run at {level.name}: {_line(error)}") from error
-        bound = FLOAT_DB if not integers and done == "quantized" else reference.case.bound_db
+        bound = reference.case.bound_db
+        if done == "compressed":
+            bound = None if bound is None else COMPRESSED_DB
+        elif not integers:
+            bound = FLOAT_DB
         _compare(wanted, got, bound, level.name)
     if done == "quantized" and not integers:
         return Verdict("nothing to quantize")
-    del already
     return Verdict(done)
 
 
@@ -253,11 +260,21 @@ def _doctor(source: Path, _: Path, reference: _Reference) -> Verdict:
     return Verdict("told")
 
 
-VERBS: dict[str, Callable[[Path, Path, _Reference], Verdict]] = {
+VERBS: dict[str, Verb] = {
     "inspect": _inspect,
     "doctor": _doctor,
-    "quantize": _quantize,
-    "compress": _compress,
+    "quantize": _quantize(),
+    "compress": _compress(),
+}
+# The same with options.
+MORE: dict[str, Verb] = {
+    "quantize-int4": _quantize(weights="int4/channel"),
+    "quantize-tensor": _quantize(weights="int8/tensor"),
+    "quantize-block": _quantize(weights="int4/block=32", activations="float"),
+    "quantize-qnn": _quantize(target="qnn"),
+    "quantize-avx2": _quantize(target="ort-x64-avx2"),
+    "quantize-xnnpack": _quantize(target="xnnpack"),
+    "compress-channels": _compress(method="channel-pruning"),
 }
 
 
