@@ -18,8 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.corpus.cases import corpus, named  # noqa: E402
-from tests.corpus.verdict import FAILURES, MORE, VERBS, Verdict, judge, kind  # noqa: E402
+from tests.corpus.cases import corpus, named
+from tests.corpus.verdict import FAILURES, MORE, VERBS, Verdict, judge, kind
 
 
 def work(pipe: Any) -> None:

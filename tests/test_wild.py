@@ -2,13 +2,11 @@
 
 import numpy as np
 import onnx
-import pytest
-from onnx import helper, numpy_helper
 
 import onnxq
-from onnxq.errors import OnnxqError
+from onnxq.passes import CrossLayerEqualization
 from tests import models
-from tests.checks import assert_same_function, run
+from tests.checks import assert_same_function, ops
 from tests.corpus.cases import Case
 from tests.corpus.verdict import VERBS, judge
 
@@ -52,15 +50,75 @@ g (float[2,3,4,4] x) => (float[2,5] y)
 }"""
 
 
-def test_models_from_before_operator_set_7_are_converted(tmp_path):
+def test_old_models_are_converted(tmp_path):
     proto = models.parse(OLD, opset=6)
     found = outcomes(proto, tmp_path)
     assert found["quantize"] == "quantized: "
     assert found["compress"] == "compressed: "
-    assert "operator set raised from 6 to 7" in onnxq.inspect(proto).notes
+    assert "operator set raised from 6 to 8" in onnxq.inspect(proto).notes
     onnx.save(proto, tmp_path / "old.onnx")
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 4)).astype(np.float32)
     _, report = onnxq.quantize(tmp_path / "old.onnx", tmp_path / "new.onnx", [{"x": x}])
     assert any(note.startswith("operator set raised from 6") for note in report.notes)
     compared = onnxq.compare(tmp_path / "old.onnx", tmp_path / "new.onnx", [{"x": x}], timed=False)
     assert compared.outputs[0].sqnr_db > 20
+
+
+def test_weights_that_are_nan_are_named_whatever_the_verb(tmp_path):
+    text = """
+    g (float[N,3,8,8] x) => (float[N,2,8,8] y) <float[4,3,1,1] w, float[2,4,1,1] v> {
+        a = Conv(x, w)  s = Sigmoid(a)  b = Mul(a, s)  y = Conv(b, v)
+    }"""
+    values = np.ones((2, 4, 1, 1))
+    values[1, 2] = np.nan
+    found = outcomes(models.parse(text, v=values), tmp_path)
+    assert "1 of 8 values are NaN (weight v)" in found["quantize"]
+    assert "1 of 8 values are NaN (weight v)" in found["compress"]
+
+
+def test_halves_with_normalizations(tmp_path):
+    text = """
+    g (float16[N,3,8,8] x) => (float16[N,4,8,8] y)
+      <float16[4,3,3,3] w, float16[4] gamma, float16[4] beta, float16[4] mean, float16[4] var> {
+        a = Conv<pads = [1, 1, 1, 1]>(x, w)
+        n = BatchNormalization(a, gamma, beta, mean, var)  y = Relu(n)
+    }"""
+    found = outcomes(models.parse(text), tmp_path)
+    assert found["quantize"] == "nothing to quantize: "
+    assert "its weight is float16, not float32" in found["compress"]
+
+
+def test_gemm_of_an_operator_set_that_wants_its_bias(tmp_path):
+    text = """
+    g (float[N,16] x) => (float[N,12] y) <float[16,12] w, float[12] c> { y = Gemm(x, w, c) }"""
+    x = np.random.default_rng(0).normal(size=(32, 16)).astype(np.float32)
+    found = outcomes(models.parse(text, opset=9), tmp_path, {"x": x})
+    assert found["compress"] == "compressed: "
+    assert found["quantize"] == "quantized: "
+
+
+def test_bounds_per_channel_where_min_does_not_broadcast_yet():
+    text = """
+    g (float[N,3,8,8] x) => (float[N,2,8,8] y)
+      <float[4,3,1,1] w, float[4] c, float[2,4,1,1] v> {
+        a = Conv(x, w, c)  r = Clip<min = 0.0, max = 6.0>(a)  y = Conv(r, v)
+    }"""
+    w = np.random.default_rng(0).normal(size=(4, 3, 1, 1)) * [[[[0.1]]], [[[1]]], [[[5]]], [[[9]]]]
+    proto = models.parse(text, opset=7, w=w)
+    equalize = onnxq.PassManager(CrossLayerEqualization())
+    after, _ = equalize(proto)
+    assert "Min" in ops(after)
+    feed = {"x": np.random.default_rng(1).normal(0, 4, (2, 3, 8, 8)).astype(np.float32)}
+    assert_same_function(proto, after, feed=feed)
+
+
+def test_an_output_of_unknown_rank(tmp_path):
+    text = """
+    g (float[N,3,8,8] x, int64[k] shape) => (float[] y) <float[4,3,1,1] w> {
+        a = Conv(x, w)  y = Reshape(a, shape)
+    }"""
+    proto = models.parse(text)
+    assert not proto.graph.output[0].type.tensor_type.HasField("shape")
+    rng = np.random.default_rng(0)
+    feed = {"x": rng.normal(size=(1, 3, 8, 8)).astype(np.float32), "shape": np.array([16, 16])}
+    assert outcomes(proto, tmp_path, feed)["quantize"] == "quantized: "

@@ -46,7 +46,7 @@ def graph(
     chosen = rng.choice([s.__name__ for s in ODDITIES], int(rng.integers(1, 5)), replace=False)
     names = {*chosen} if odd is None else {*odd}
     build = Builder(rng, version, kind if dtype is None else dtype)
-    _start(build)
+    _start(build, free="attention" not in names)  # which is large where pictures are
     extra = [s for s in oddities.STEPS if s.__name__ in names]
     plain = DENSE if build.dtype == np.float64 else PLAIN  # onnxruntime has no Conv of doubles
     steps: list[Step] = [*rng.choice(np.array(plain, object), int(rng.integers(1, 6)))]
@@ -65,10 +65,14 @@ def graph(
     return model
 
 
-def _start(b: Builder) -> None:
+def _start(b: Builder, *, free: bool) -> None:
     b.shape = (int(b.rng.choice([1, 2])), int(b.rng.choice([1, 3, 4])), 8, 8)
-    free = {0: ["N", *b.shape[1:]], 1: ["N", b.shape[1], "H", "W"], 2: [None, *b.shape[1:]]}
-    shape = free.get(int(b.rng.integers(6)), list(b.shape))
+    shape: list[int | str | None] = list(b.shape)
+    how = int(b.rng.integers(6))
+    if how < 3:
+        shape[0] = (None, "N", "N")[how]
+    if how == 2 and free:
+        shape[2:] = ["H", "W"]
     b.name = b.input("x", shape, b.kind)
 
 

@@ -74,16 +74,15 @@ def judge(case: Case, verb: str, folder: Path) -> Verdict:
         verb: One of `VERBS`.
         folder: Where files may be written.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        # of onnx and numpy themselves, while a case is made
-        proto = _made(case)
+    proto = _made(case)
     source = folder / "in.onnx"
     onnx.save(proto, source)
     before = _digests(folder)
+    reference = _Reference(source, case)
     try:
-        reference = _Reference(source, case)
-        verdict = (VERBS | MORE)[verb](source, folder / "out.onnx", reference)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            verdict = (VERBS | MORE)[verb](source, folder / "out.onnx", reference)
     except PassError as error:
         verdict = Verdict("traceback", _line(error), traceback.format_exc())
     except OnnxqError as error:
@@ -94,12 +93,19 @@ def judge(case: Case, verb: str, folder: Path) -> Verdict:
         verdict = error.verdict
     except Exception as error:
         verdict = Verdict("traceback", _line(error), traceback.format_exc())
+    if verdict.outcome == "refused" and reference.session is not None and _broke(verdict.why):
+        verdict = Verdict("invalid", f"onnxruntime takes the model, but: {verdict.why}")
     left = {n: d for n, d in _digests(folder).items() if n != "out.onnx"}
     if left != before:
         verdict = Verdict("changed", f"files before {sorted(before)}, after {sorted(left)}")
     if verdict.outcome == "refused" and (folder / "out.onnx").exists():
         verdict = Verdict("invalid", f"a file is left behind by: {verdict.why}")
     return verdict
+
+
+def _broke(why: str) -> bool:
+    """Whether a model that was right is refused for what was made of it."""
+    return any(w in why for w in ("cannot load", "not valid ONNX", "the model failed"))
 
 
 def _made(case: Case) -> onnx.ModelProto:
@@ -119,7 +125,7 @@ class _Reference:
         proto = onnx.load(source)
         for node in proto.graph.node:  # onnxruntime refuses names that nodes share
             node.name = ""
-        if next(o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")) < 7:
+        if any(o.version < 7 for o in proto.opset_import if o.domain in ("", "ai.onnx")):
             proto = onnx.version_converter.convert_version(proto, 7)
         try:
             self.session = _session(proto.SerializeToString(), LEVELS[0])
