@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
 from onnxq import recipe, report_page
 from onnxq.analysis import cost, error, fusion
@@ -36,6 +37,7 @@ from onnxq.passes import (
     LoadEncodings,
     NoiseEqualization,
 )
+from onnxq.passes.calibrate import refuse_nan
 from onnxq.pictures import Preprocess
 from onnxq.progress import Progress
 from onnxq.recipe import Recipe
@@ -188,6 +190,7 @@ def run(
             "the model is quantized already", where=before.path, fix="give the float model"
         )
     check_loads(before)
+    _check_weights(before)
     if data_free:
         if calib is not None:
             raise CalibrationError("samples are given, and none are wanted", fix="choose one")
@@ -495,6 +498,14 @@ def is_quantized(model: Model) -> bool:
 
 
 # ---------------------------------------------------------------------- parts
+
+
+def _check_weights(model: Model) -> None:
+    """Name a weight that is NaN before it shows in every activation."""
+    for layer in model.layers():
+        for tensor in (layer.weight_tensor, layer.bias_tensor):
+            if isinstance(tensor, gs.Constant):
+                refuse_nan(model, tensor)
 
 
 def _fitting_recipe(

@@ -175,7 +175,7 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, protected: Collection[Pat
                 )
             else:
                 part.write_bytes(proto.SerializeToString())
-            _check(part)
+            _check(part, proto)
             with part.open("rb") as stream:
                 os.fsync(stream.fileno())
             if (part.parent / data.name).exists():
@@ -189,9 +189,25 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, protected: Collection[Pat
         ) from error
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse what is not valid ONNX.
+
+    A shape may be missing where a rank is not known, whatever onnx.checker says of the inputs and
+    outputs of a graph.
+    """
+    known = proto
+    ends = [i.type.tensor_type for i in (*proto.graph.input, *proto.graph.output) if _is_tensor(i)]
+    if not all(end.HasField("shape") for end in ends):
+        known = onnx.ModelProto()
+        known.CopyFrom(proto)
+        for info in filter(_is_tensor, (*known.graph.input, *known.graph.output)):
+            info.type.tensor_type.shape.SetInParent()
     try:
-        onnx.checker.check_model(os.fspath(path))
+        onnx.checker.check_model(os.fspath(path) if known is proto else known)
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0]
         raise ModelError(f"the result is not valid ONNX: {line}", where=path.name) from error
+
+
+def _is_tensor(info: onnx.ValueInfoProto) -> bool:
+    return info.type.WhichOneof("value") == "tensor_type"

@@ -587,8 +587,19 @@ def _check_constants(model: Model, placement: Placement) -> None:
             if isinstance(tensor, gs.Constant) and tensor.dtype in _FLOATS:
                 if node.name in placement.nodes:
                     finite(model, tensor)
-                elif bad := int(np.isnan(values := model.array(tensor)).sum()):
-                    raise _unhealthy(f"{bad} of {values.size} values are NaN", tensor)
+                else:
+                    refuse_nan(model, tensor)
+
+
+def refuse_nan(model: Model, tensor: gs.Constant) -> None:
+    """Name a constant that holds NaN.
+
+    Raises:
+        ModelError: A value is NaN.
+    """
+    values = model.array(tensor)
+    if values.dtype.kind == "f" and (bad := int(np.isnan(values).sum())):
+        raise _unhealthy(f"{bad} of {values.size} values are NaN", tensor)
 
 
 def finite(model: Model, tensor: gs.Tensor) -> np.ndarray:
