@@ -88,6 +88,24 @@ def test_halves_with_normalizations(tmp_path):
     assert "its weight is float16, not float32" in found["compress"]
 
 
+def test_halves_keep_their_type_wherever_constants_are_made(tmp_path):
+    text = """
+    g (float16[N,3,8,8] x) => (float16[N,2,8,8] y)
+      <float16[4,3,1,1] w, float16[4,4,1,1] u, float16[2,4,1,1] v, float16 zero, float16 six> {
+        a = Conv(x, w)  b = Clip(a, zero, six)  c = Conv(b, u)
+        s = Sigmoid(c)  d = Mul(c, s)  y = Conv(d, v)
+    }"""
+    rng = np.random.default_rng(0)
+    widths = np.array([0.01, 1, 5, 9]).reshape(4, 1, 1, 1)
+    constants = {"w": rng.normal(size=(4, 3, 1, 1)) * widths, "zero": 0, "six": 6}
+    proto = models.parse(text, u=rng.normal(size=(4, 4, 1, 1)) * widths, **constants)
+    feeds = [{"x": rng.normal(size=(1, 3, 8, 8)).astype(np.float16)} for _ in range(8)]
+    verbs = ("quantize", "quantize-tensor", "compress", "compress-channels")
+    found = outcomes(proto, tmp_path, *feeds, verbs=verbs)
+    assert found["quantize"] == found["quantize-tensor"] == "nothing to quantize: "
+    assert found["compress-channels"] == "compressed: "
+
+
 def test_gemm_of_an_operator_set_that_wants_its_bias(tmp_path):
     text = """
     g (float[N,16] x) => (float[N,12] y) <float[16,12] w, float[12] c> { y = Gemm(x, w, c) }"""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from tests.corpus import graphs
 
@@ -85,7 +85,7 @@ def _stored(file: Path) -> Callable[[], list[Feed]]:
     def read() -> list[Feed]:
         model = onnx.load(file, load_external_data=False)
         constants = {t.name for t in model.graph.initializer}
-        infos = [i for i in model.graph.input]
+        infos = list(model.graph.input)
         feeds = []
         for folder in sorted(file.parent.glob("test_data_set_*")):
             feed = {}

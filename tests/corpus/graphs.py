@@ -1,6 +1,6 @@
 """Models from a seed: small networks with what exporters and people put into graphs.
 
-Each is a chain of layers and what joins them, with a few oddities: control flow, sequences, strings,
+Each is a chain of layers and what joins them, with a few oddities: control flow, sequences, text,
 functions, names, types, shapes. All are valid ONNX; some hold what onnxruntime does not run.
 """
 

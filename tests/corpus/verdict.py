@@ -6,7 +6,7 @@ import hashlib
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import onnxruntime as ort
 
 import onnxq
 from onnxq.errors import OnnxqError, PassError
+from onnxq.synthetic import synthesize
 from tests.corpus.cases import Case, Feed
 
 __all__ = ["FAILURES", "MORE", "VERBS", "Verdict", "judge"]
@@ -134,22 +135,14 @@ class _Reference:
         self.given = [f for f in case.feeds() if f] if self.session else []
         names = {i.name for i in self.session.get_inputs()} if self.session else set()
         self.given = [{n: a for n, a in f.items() if n in names} for f in self.given]
-        self.data = self.given
-
-    @property
-    def calib(self) -> dict[str, object]:
-        return {"calib": self.given} if self.given else {"data_free": True, "limit": MADE_UP}
 
     def feeds(self) -> list[Feed]:
-        """What models are compared on: the samples that were given, or others that are made up."""
+        """What models are compared on: the samples that were given, or more that are made up."""
         if self.given:
             return self.given
         if not self.session.get_inputs():
             return [{}]
-        model = onnxq.load(self.source)
-        from onnxq.synthetic import synthesize
-
-        return [*synthesize(model, count=2, seed=7)]
+        return [*synthesize(onnxq.load(self.source), count=2 * MADE_UP)][-MADE_UP:]
 
 
 def _quantize(**options: object) -> Verb:
@@ -169,15 +162,10 @@ def _written(
     reference: _Reference,
     done: str,
 ) -> Verdict:
-    options = reference.calib
-    if done == "compressed":
-        if not reference.given:
-            if reference.session is None:
-                options = {"calib": [{}]}
-            else:
-                options = {"calib": reference.feeds()}
-        options.pop("data_free", None)
-        options.pop("limit", None)
+    if reference.given or done == "compressed":
+        options = {"calib": reference.feeds() if reference.session else [{}]}
+    else:
+        options = {"data_free": True, "limit": MADE_UP}
     verb(source, destination, threads=1, **options)
     if reference.session is None:
         raise _WrongError("invalid", f"written, but onnxruntime cannot load: {reference.why}")
