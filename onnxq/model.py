@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
+from onnxq.conversion import convert
 from onnxq.encoding import DTYPES, Encodings, in_bytes
 from onnxq.errors import ModelError
 from onnxq.graph import consumers, has_subgraph, is_standard, producer, rewire, topological
@@ -257,32 +258,12 @@ class Model:
         """
         if self.opset >= version:
             return
-        old, given = self.opset, self.to_proto()
-        fix = f"export the model with opset {version} or newer"
-        if 18 <= old < 21 <= version:
-            for node in self.graph.nodes:
-                if node.op == "GroupNormalization" and is_standard(node):  # onnx keeps its scales
-                    raise ModelError(
-                        f"cannot convert operator set {old} to {version}: {node.name} would need"
-                        " its scales per channel",
-                        where=self.path,
-                        fix=fix,
-                    )
+        old = self.opset
         try:
-            proto = onnx.version_converter.convert_version(given, version)
-        except (
-            *(RuntimeError, ValueError, onnx.checker.ValidationError),
-            onnx.version_converter.ConvertError,
-        ) as error:
-            says = str(error).rpartition("failed: ")[2]  # after the place in the C++ source
-            raise ModelError(
-                f"cannot convert operator set {old} to {version}: {says}",
-                where=self.path,
-                fix=fix,
-            ) from error
+            proto = convert(self.to_proto(), old, version)
+        except ModelError as error:
+            raise ModelError(error.what, where=self.path, fix=error.fix) from error
         proto.ir_version = max(proto.ir_version, self._extras.ir_version)
-        if not proto.functions:  # the converter drops them; they import operator sets of their own
-            proto.functions.extend(given.functions)
         self.__dict__.pop("_names", None)
         encodings, batch_norms = self.encodings, self.batch_norms
         notes, extras = self.notes, self._extras

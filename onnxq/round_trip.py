@@ -12,7 +12,7 @@ from onnx import external_data_helper, numpy_helper
 
 from onnxq.errors import ModelError, UnsupportedError
 
-__all__ = ["Extras", "dense", "normalize", "remember", "restore"]
+__all__ = ["Extras", "dense", "graphs", "normalize", "remember", "restore"]
 
 # graphsurgeon leaves them out with no more than a line in the log
 _LOST = {
@@ -57,7 +57,7 @@ def normalize(proto: onnx.ModelProto, path: Path | None) -> None:
         opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
     if not any(o.domain == "" for o in proto.opset_import):  # graphsurgeon would guess one
         proto.opset_import.add(domain="", version=_FIRST_STANDARD)
-    for graph in _graphs(proto.graph):
+    for graph in graphs(proto.graph):
         for info in (*graph.input, *graph.output, *graph.value_info):
             if info.type.tensor_type.elem_type not in (0, *_TYPES):
                 raise _untyped(f"tensor {info.name}", path)
@@ -168,19 +168,19 @@ def dense(sparse: onnx.SparseTensorProto) -> np.ndarray:
     return array
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """The graph and its subgraphs at all depths."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _graphs(attribute.g)
+                yield from graphs(attribute.g)
 
 
 def _write_once(graph: onnx.GraphProto, shared: set[str]) -> None:
     """Move constants of the main graph, which graphsurgeon copies into subgraphs, back to it."""
     main = {t.name: t for t in graph.initializer}
-    for inner in _graphs(graph):
+    for inner in graphs(graph):
         for index in reversed(range(len(inner.initializer) if inner is not graph else 0)):
             tensor = inner.initializer[index]
             if tensor.name in shared and tensor.name not in main:

@@ -2,8 +2,11 @@
 
 import numpy as np
 import onnx
+import pytest
+from onnx import helper
 
 import onnxq
+from onnxq.errors import OnnxqError
 from onnxq.passes import CrossLayerEqualization
 from tests import models
 from tests.checks import assert_same_function, ops
@@ -140,3 +143,70 @@ def test_an_output_of_unknown_rank(tmp_path):
     rng = np.random.default_rng(0)
     feed = {"x": rng.normal(size=(1, 3, 8, 8)).astype(np.float32), "shape": np.array([16, 16])}
     assert outcomes(proto, tmp_path, feed)["quantize"] == "quantized: "
+
+
+UPSAMPLED = """
+g (float[N,3,5,5] x) => (float[N,2,10,10] y) <float[4,3,1,1] w, float[2,4,1,1] v> {
+    a = Conv(x, w)  b = Upsample<mode = "MODE", scales = [1.0, 1.0, 2.0, 2.0]>(a)
+    c = Relu(b)  y = Conv(c, v)
+}"""
+RESIZED = """
+g (float[N,3,6,6] x) => (float[] y) <float[4,3,1,1] w, float[2,4,1,1] v, float[4] scales> {
+    a = Conv(x, w)  b = Resize<mode = "MODE">(a, scales)  c = Relu(b)  y = Conv(c, v)
+}"""
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+@pytest.mark.parametrize("scale", [2.0, 3.5, 0.5, 0.3])
+def test_resize_keeps_its_coordinates_when_it_is_converted(mode, scale):
+    text = RESIZED.replace("MODE", mode)
+    proto = models.parse(text, opset=10, scales=[1, 1, scale, scale])
+    after = onnxq.load(proto)
+    after.raise_opset(13)
+    assert_same_function(proto, after, tol=1e-6)
+
+
+def test_resize_that_enlarges_one_axis_and_reduces_another_is_refused():
+    proto = models.parse(RESIZED.replace("MODE", "nearest"), opset=10, scales=[1, 1, 2, 0.5])
+    with pytest.raises(OnnxqError, match="whether Resize_1"):
+        onnxq.load(proto).raise_opset(13)
+
+
+@pytest.mark.parametrize("mode", ["linear", "nearest"])
+def test_tensors_keep_their_names_when_operators_are_converted(mode):
+    proto = models.parse(UPSAMPLED.replace("MODE", mode), opset=8)
+    names = {name for node in proto.graph.node for name in node.output}
+    after = onnxq.load(proto)
+    after.raise_opset(13)
+    assert {t.name for node in after.graph.nodes for t in node.outputs} == names
+    assert_same_function(proto, after, tol=1e-6)
+
+
+def test_an_input_that_only_a_branch_reads(tmp_path):
+    text = """
+    g (float[2,3,8,8] x, bool flag) => (float[2,3,8,8] y) <float[3,3,1,1] w> {
+        y = If(flag) <
+            then_branch = one () => (float[2,3,8,8] a) { a = Conv(x, w) },
+            else_branch = two () => (float[2,3,8,8] b) { b = Neg(x) }
+        >
+    }"""
+    assert outcomes(models.parse(text), tmp_path)["doctor"] == "told: "
+
+
+def test_a_first_layer_that_puts_out_constants(tmp_path):
+    text = """
+    g (float[2,3,8,8] x) => (float[2,2,8,8] y) <float[4,3,1,1] w, float[2,4,1,1] v> {
+        a = Conv(x, w)  b = Relu(a)  y = Conv(b, v)
+    }"""
+    proto = models.parse(text, w=np.zeros((4, 3, 1, 1)))
+    assert outcomes(proto, tmp_path)["doctor"] == "told: "
+
+
+def test_models_without_standard_operators(tmp_path):
+    node = helper.make_node("Binarizer", ["x"], ["y"], domain="ai.onnx.ml", threshold=0.5)
+    infos = [helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [2, 3]) for n in "xy"]
+    graph = helper.make_graph([node], "g", infos[:1], infos[1:])
+    opset = helper.make_opsetid("ai.onnx.ml", 1)
+    found = outcomes(helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path)
+    assert found["quantize"] == "nothing to quantize: "
+    assert found["doctor"] == "told: "

@@ -14,12 +14,12 @@ import onnx
 from tests.corpus import oddities
 from tests.corpus.builder import Builder
 
-__all__ = ["BOUND_DB", "ODDITIES", "graph"]
+__all__ = ["BOUND_DB", "FINISHES", "ODDITIES", "OPSETS", "graph"]
 
 # Least SQNR of int8 versions: about 20 dB below what a layer has.
 BOUND_DB = 10.0
 OPSETS = (7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24)
-ODDITIES = oddities.STEPS + oddities.ENDS
+ODDITIES, FINISHES = oddities.STEPS + oddities.ENDS, oddities.FINISHES
 
 Step = Callable[[Builder], None]
 
@@ -59,7 +59,7 @@ def graph(
         if end.__name__ in names:
             end(build)
     model = build.build()
-    for finish in oddities.FINISHES:
+    for finish in FINISHES:
         if rng.random() < 0.12 if odd is None else finish.__name__ in names:
             finish(model, rng)
     return model
