@@ -208,6 +208,8 @@ def _implausibility(moments: Moments) -> float:
     mean = moments.mean.mean(axis=0)
     std = np.sqrt(np.maximum(moments.square.mean(axis=0) - mean**2, 1e-24))
     live = std > 1e-3 * np.median(std)
+    if not live.any():  # it puts out constants: nothing can be told
+        return 0.0
     shift = float(np.median(np.abs(mean[live]) / std[live]))
     size = float(np.median(np.log(std[live])))
     return ((size - LOG_STD) / LOG_STD_SPREAD) ** 2 + (shift / SHIFT) ** 2

@@ -166,11 +166,14 @@ class Layer:
         self.node.inputs[self.side] = self._replacement(self.weight_tensor, values)
 
     def set_bias(self, values: np.ndarray) -> None:
-        """Give this layer a new constant bias; other readers of the old one keep it.
+        """Give this layer a new constant bias, of the type of its weight.
+
+        Other readers of the old one keep it.
 
         Raises:
             ModelError: The operator takes no bias.
         """
+        values = values.astype(self.weight.dtype, copy=False)
         index = ops.bias_input(self.op)
         if index is None:
             raise ModelError(f"{self.op} takes no bias", where=f"node {self.name}")

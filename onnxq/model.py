@@ -17,6 +17,7 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
+from onnxq.conversion import convert
 from onnxq.encoding import DTYPES, Encodings, in_bytes
 from onnxq.errors import ModelError
 from onnxq.graph import consumers, has_subgraph, is_standard, producer, rewire, topological
@@ -44,6 +45,10 @@ __all__ = [
     "producer",
     "rewire",
 ]
+
+
+# onnxruntime has the operators of 7 on; Min and Max take bounds per channel of 8 on.
+LEAST_OPSET = 8
 
 
 @dataclass(frozen=True)
@@ -255,32 +260,12 @@ class Model:
         """
         if self.opset >= version:
             return
-        old, given = self.opset, self.to_proto()
-        fix = f"export the model with opset {version} or newer"
-        if 18 <= old < 21 <= version:
-            for node in self.graph.nodes:
-                if node.op == "GroupNormalization" and is_standard(node):  # onnx keeps its scales
-                    raise ModelError(
-                        f"cannot convert operator set {old} to {version}: {node.name} would need"
-                        " its scales per channel",
-                        where=self.path,
-                        fix=fix,
-                    )
+        old = self.opset
         try:
-            proto = onnx.version_converter.convert_version(given, version)
-        except (
-            *(RuntimeError, ValueError, onnx.checker.ValidationError),
-            onnx.version_converter.ConvertError,
-        ) as error:
-            says = str(error).rpartition("failed: ")[2]  # after the place in the C++ source
-            raise ModelError(
-                f"cannot convert operator set {old} to {version}: {says}",
-                where=self.path,
-                fix=fix,
-            ) from error
+            proto = convert(self.to_proto(), old, version)
+        except ModelError as error:
+            raise ModelError(error.what, where=self.path, fix=error.fix) from error
         proto.ir_version = max(proto.ir_version, self._extras.ir_version)
-        if not proto.functions:  # the converter drops them; they import operator sets of their own
-            proto.functions.extend(given.functions)
         self.__dict__.pop("_names", None)
         encodings, batch_norms = self.encodings, self.batch_norms
         notes, extras = self.notes, self._extras
@@ -459,13 +444,14 @@ class Model:
 
 
 def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
-    """Read an ONNX model.
+    """Read an ONNX model; one of an operator set that onnxruntime has left behind is converted.
 
     Args:
         path: A file, a ModelProto (copied), or a model (cloned).
 
     Raises:
-        ModelError: The file is missing, broken, empty, or refers to weights outside its folder.
+        ModelError: The file is missing, broken, empty, refers to weights outside its folder, or
+            cannot be converted.
     """
     if isinstance(path, Model):
         return path.clone()
@@ -479,8 +465,11 @@ def load(path: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
                 where=f"tensor {external[0].name}",
                 fix="give the path of the model, or load its external data first",
             )
-        return Model(proto)
-    return Model(read_proto(Path(path)), Path(path))
+        model = Model(proto)
+    else:
+        model = Model(read_proto(Path(path)), Path(path))
+    model.raise_opset(LEAST_OPSET)
+    return model
 
 
 def _slot(items: Sequence[gs.Tensor], tensor: gs.Tensor) -> int:

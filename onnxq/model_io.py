@@ -182,7 +182,7 @@ def write_proto(proto: onnx.ModelProto, path: Path, *, protected: Collection[Pat
         else:
             with whole_file(path) as part:
                 part.write_bytes(proto.SerializeToString())
-                _check(part)
+                _check(part, proto)
     except OSError as error:
         raise ModelError(
             f"cannot be written: {error.strerror or error}",
@@ -202,7 +202,7 @@ def _write_in_two(proto: onnx.ModelProto, path: Path, protected: Collection[Path
             d for d in _data_files(path) if d.resolve() not in protected and claim(scratch, part, d)
         )
         onnx.save_model(proto, os.fspath(part), save_as_external_data=True, location=data.name)
-        _check(part)
+        _check(part, proto)
         synced(scratch / data.name)
         synced(part)
         os.replace(scratch / data.name, data)
@@ -228,11 +228,30 @@ def _is_text(name: str) -> bool:
     return not any("\ud800" <= c <= "\udfff" for c in name)
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, proto: onnx.ModelProto) -> None:
+    """Refuse what is not valid ONNX.
+
+    A shape may be missing where a rank is not known, whatever onnx.checker says of the inputs and
+    outputs of a graph.
+    """
+    known = proto
+    ends = [i.type.tensor_type for i in (*proto.graph.input, *proto.graph.output) if _is_tensor(i)]
+    if not all(end.HasField("shape") for end in ends):
+        known = onnx.ModelProto()
+        known.CopyFrom(proto)
+        for info in filter(_is_tensor, (*known.graph.input, *known.graph.output)):
+            info.type.tensor_type.shape.SetInParent()
+    name = os.fspath(path)
     try:
-        name = os.fspath(path)
-        # a name that is no text cannot be handed on; data beside the model must be found by one
-        onnx.checker.check_model(name if _is_text(name) else path.read_bytes())
+        if known is not proto:
+            onnx.checker.check_model(known)
+        else:
+            # a name that is no text cannot be handed on; data beside the model must be found by one
+            onnx.checker.check_model(name if _is_text(name) else path.read_bytes())
     except onnx.checker.ValidationError as error:
         line = str(error).strip().splitlines()[0]
         raise ModelError(f"the result is not valid ONNX: {line}", where=path.name) from error
+
+
+def _is_tensor(info: onnx.ValueInfoProto) -> bool:
+    return bool(info.type.HasField("tensor_type"))

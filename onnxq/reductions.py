@@ -25,9 +25,11 @@ def ranks(model: Model, names: Sequence[str]) -> dict[str, int]:
 def with_ranges(model: Model, ranks: Mapping[str, int]) -> onnx.ModelProto:
     """The model with ReduceMin and ReduceMax of tensors as its outputs."""
     proto = _without_outputs(model)
+    halves = _halves(model)
     for name, rank in ranks.items():
+        source = _widened(proto, name) if name in halves else name
         for op, suffix in (("ReduceMin", "min"), ("ReduceMax", "max")):
-            _reduce(proto, model.opset, op, name, f"{name}/{suffix}", rank)
+            _reduce(proto, model.opset, op, source, f"{name}/{suffix}", rank)
             _put_out(proto, f"{name}/{suffix}")
     return proto
 
@@ -35,15 +37,16 @@ def with_ranges(model: Model, ranks: Mapping[str, int]) -> onnx.ModelProto:
 def with_moments(model: Model, ranks: Mapping[str, int]) -> onnx.ModelProto:
     """The model with the means of tensors, and squares about them, as its outputs."""
     proto = _without_outputs(model)
+    halves = _halves(model)
     for name, rank in ranks.items():
         mean, rest = f"{name}/mean", f"{name}/rest"
-        _reduce(proto, model.opset, "ReduceMean", name, mean, rank, keepdims=1)
-        _node(proto, "Sub", [name, mean], rest)
+        source = _widened(proto, name) if name in halves else name
+        _reduce(proto, model.opset, "ReduceMean", source, mean, rank, keepdims=1)
+        _node(proto, "Sub", [source, mean], rest)
         _reduce(proto, model.opset, "ReduceSumSquare", rest, f"{name}/squares", rank)
         _node(proto, "Size", [name], f"{name}/size")
-        for suffix in ("mean", "squares"):
+        for suffix in ("mean", "squares", "size"):
             _put_out(proto, f"{name}/{suffix}")
-        _put_out(proto, f"{name}/size", onnx.TensorProto.INT64)
     return proto
 
 
@@ -53,8 +56,23 @@ def _without_outputs(model: Model) -> onnx.ModelProto:
     return proto
 
 
-def _put_out(proto: onnx.ModelProto, name: str, kind: int = onnx.TensorProto.FLOAT) -> None:
-    proto.graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
+def _put_out(proto: onnx.ModelProto, name: str) -> None:
+    proto.graph.output.add().name = name  # onnxruntime infers its type
+
+
+def _halves(model: Model) -> set[str]:
+    """Tensors whose type holds neither their sums nor the squares of their values."""
+    return {n for n, t in model.tensors().items() if t.dtype is not None and _is_half(t.dtype)}
+
+
+def _is_half(dtype: Any) -> bool:
+    return dtype in (np.float16, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+
+
+def _widened(proto: onnx.ModelProto, name: str) -> str:
+    """A tensor in float32."""
+    _node(proto, "Cast", [name], f"{name}/float", to=onnx.TensorProto.FLOAT)
+    return f"{name}/float"
 
 
 def _node(

@@ -93,9 +93,8 @@ class _Rewrite:
         before = self.model.variable(f"{result.name}.relu", result.dtype, result.shape)
         node.outputs[0] = before
         shape = (-1, *[1] * (ceiling.rank - 2))
-        constant = self.model.constant(
-            f"{node.name}.bounds", bounds.astype(np.float32).reshape(shape)
-        )
+        dtype = np.float32 if result.dtype is None else result.dtype
+        constant = self.model.constant(f"{node.name}.bounds", bounds.astype(dtype).reshape(shape))
         return gs.Node("Min", f"{node.name}.min", {}, [before, constant], [result])
 
     def batch_norms(self) -> None:

@@ -22,6 +22,8 @@ _LOST = {
     for kind in ("SPARSE_TENSOR", "TYPE_PROTO", "TENSOR", "GRAPH")
     for plural in ("", "S")
 } - {onnx.AttributeProto.TENSOR, onnx.AttributeProto.GRAPH}
+# Of a model that has no standard operators yet: the version that Q/DQ per channel needs.
+_FIRST_STANDARD = 13
 _TYPES = frozenset(onnx.helper.get_all_tensor_dtypes())
 
 
@@ -55,6 +57,8 @@ def normalize(proto: onnx.ModelProto, path: Path | None) -> None:
             raise _untyped(f"tensor {tensor.name}", path)
     for opset in proto.opset_import:
         opset.domain = "" if opset.domain == "ai.onnx" else opset.domain
+    if not any(o.domain == "" for o in proto.opset_import):  # graphsurgeon would guess one
+        proto.opset_import.add(domain="", version=_FIRST_STANDARD)
     for graph in graphs(proto.graph):
         for info in (*graph.input, *graph.output, *graph.value_info):
             if info.type.tensor_type.elem_type not in (0, *_TYPES):

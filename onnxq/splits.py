@@ -250,7 +250,10 @@ def _write(
     node, x = layer.node, layer.x
     weight = model.constant(f"{layer.weight_tensor.name}.first", first.astype(np.float32))
     between = model.variable(f"{layer.y.name}.first", x.dtype)
-    before = gs.Node(layer.op, f"{layer.name}.first", dict(attrs), [x, weight], [between])
+    inputs = [x, weight]
+    if layer.op == "Gemm" and model.opset < 11:  # the bias could not be left out yet
+        inputs.append(model.constant(f"{layer.name}.zero", np.zeros(1, np.float32)))
+    before = gs.Node(layer.op, f"{layer.name}.first", dict(attrs), inputs, [between])
     layer.set_weight(np.ascontiguousarray(second.astype(np.float32)))
     rewire(node, x, between)
     node.attrs.clear()

@@ -449,7 +449,10 @@ def _table(model: Model, tensor: gs.Tensor) -> int | None:
 
 def _first_result(model: Model, tensor: gs.Tensor) -> str | None:
     """The result of the first convolution that reads an input; None if there is none."""
+    main = {id(node) for node in model.graph.nodes}
     for node, _ in _readers(tensor):
+        if id(node) not in main:  # in a subgraph, of which nothing can be fetched
+            continue
         layer = Layer.of(model, node)
         if layer is not None and layer.op == "Conv" and layer.y.shape is not None:
             return str(layer.y.name)

@@ -150,7 +150,8 @@ class Compress:
         if not any(choice.candidates for choice in choices):
             why = "all layers that could be are excluded"
             if not any(choice.candidates for choice in table.choices):
-                why = next(iter(table.refused.values()))
+                none = "it has no layers with constant weights"
+                why = next(iter(table.refused.values()), none)
             raise OnnxqError("nothing in the model can be compressed", where=model.path, fix=why)
         if self.budget == "latency":
             return self._in_time(model, table, choices, ctx)

@@ -76,7 +76,7 @@ class GateEqualization:
                 changes.skip(node.name, readers)
                 continue
             depthwise = all(r.group == len(bound) for r in readers)
-            scale = self._scale(bound, depthwise=depthwise)
+            scale = self._scale(bound, depthwise=depthwise).astype(readers[0].weight.dtype)
             added.append(_scaled(model, node, scale))
             for layer in readers:
                 layer.scale_inputs(1 / scale)

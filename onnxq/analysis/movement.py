@@ -82,6 +82,8 @@ def follow(model: Model, node: gs.Node, axes: Sequence[int], shapes: Shapes) -> 
     results = _run(model, node, numbers, shapes)
     if isinstance(results, str):
         return results
+    if not all(r.size for r in results):
+        return f"{node.name} ({node.op}) gives a tensor without values"
     return [_moved(node, axes[0], numbers[0].ndim, r.astype(np.int64) - 1) for r in results]
 
 
