@@ -15,13 +15,15 @@ if TYPE_CHECKING:
     from onnxq import zoo
     from onnxq.analysis.findings import Analysis
     from onnxq.analyzing import analyze
-    from onnxq.api import compare, equalize_model, inspect, quantize, run
+    from onnxq.api import equalize_model, quantize, run
     from onnxq.calibration import Calibration
+    from onnxq.comparison import compare
     from onnxq.compression import compress
     from onnxq.deployment import deploy
     from onnxq.encoding import Encoding, Encodings, Format
     from onnxq.errors import OnnxqError
     from onnxq.examination import doctor
+    from onnxq.inspection import inspect
     from onnxq.model import Model, load
     from onnxq.pass_manager import Changes, Context, Pass, PassManager
     from onnxq.pictures import Preprocess
@@ -80,12 +82,12 @@ _HOMES = {
     "Report": "onnxq.report",
     "Statistics": "onnxq.statistics",
     "analyze": "onnxq.analyzing",
-    "compare": "onnxq.api",
+    "compare": "onnxq.comparison",
     "deploy": "onnxq.deployment",
     "doctor": "onnxq.examination",
     "compress": "onnxq.compression",
     "equalize_model": "onnxq.api",
-    "inspect": "onnxq.api",
+    "inspect": "onnxq.inspection",
     "load": "onnxq.model",
     "quantize": "onnxq.api",
     "run": "onnxq.api",

@@ -1,4 +1,4 @@
-"""The verbs of the command line as typed functions."""
+"""Runs over a model as typed functions, and what the verbs share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,15 @@ import numpy as np
 
 from onnxq import recipe, report_page
 from onnxq.analysis import cost, error, fusion
-from onnxq.analysis.latency import NO_SPINNING, Latency, pair
-from onnxq.analysis.storage import Storage, storage
-from onnxq.analysis.weight_ranges import WeightRanges, channel_ranges
+from onnxq.analysis.storage import storage
+from onnxq.analysis.weight_ranges import WeightRanges
 from onnxq.calibration import Calibration, Samples
 from onnxq.encoding import Format
 from onnxq.errors import CalibrationError, ModelError, OnnxqError, RecipeError
 from onnxq.healthy import check_constants
 from onnxq.kernels._jit import announced
-from onnxq.model import Layer, Model, load
-from onnxq.model_io import external_files
+from onnxq.model import Model, load
+from onnxq.model_io import external_files, file_bytes
 from onnxq.pass_manager import After, Changes, Context, Pass, PassManager
 from onnxq.passes import (
     PASSES,
@@ -48,14 +46,10 @@ from onnxq.targets import Target
 from onnxq.version import __version__
 
 __all__ = [
-    "Comparison",
-    "Inspection",
     "calibration",
     "check_loads",
     "check_outputs",
-    "compare",
     "equalize_model",
-    "inspect",
     "is_quantized",
     "quantize",
     "run",
@@ -239,7 +233,7 @@ def run(
         ctx.observed.save(kept)
     if destination is not None:
         after.save(destination)
-        result.facts["bytes"]["after"] = _bytes(Path(destination))
+        result.facts["bytes"]["after"] = file_bytes(Path(destination))
     if report is not None and watch is not None:
         title = before.path.name if before.path is not None else before.graph.name
         text = after.metadata["onnxq.recipe"]
@@ -279,164 +273,6 @@ def equalize_model(
         HighBiasAbsorption(),
     )
     return steps(source, calib, **context)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far a model is from its float version.
-
-    Args:
-        outputs: Errors per output.
-        bytes: File sizes: float, other.
-        latency: Milliseconds per sample of both, and their ratio; None if not timed.
-        samples: How many samples were compared.
-        threads: Threads of onnxruntime while timing; 0 for all cores.
-        notes: What was given up when loading the samples.
-    """
-
-    outputs: list[error.OutputError]
-    bytes: tuple[int, int]
-    latency: Latency | None
-    samples: int
-    threads: int
-    notes: list[str]
-
-    @property
-    def latency_ms(self) -> tuple[float, ...]:
-        """Median milliseconds per sample: float, other; empty if not timed."""
-        timed = self.latency
-        return () if timed is None else (timed.reference_ms.median, timed.other_ms.median)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {
-            "outputs": [o.to_dict() for o in self.outputs],
-            "bytes": {"float": self.bytes[0], "other": self.bytes[1]},
-            "latency_ms": dict(zip(("float", "other"), self.latency_ms, strict=False)),
-            "latency": None if self.latency is None else self.latency.to_dict(),
-            "samples": self.samples,
-            "threads": self.threads,
-            "notes": self.notes,
-        }
-
-
-def compare(
-    reference: str | os.PathLike[str],
-    other: str | os.PathLike[str],
-    data: Any,
-    *,
-    limit: int | None = None,
-    preprocess: Any = None,
-    strict: bool = False,
-    threads: int = 0,
-    timed: bool = True,
-    runs: int | None = None,
-    progress: Progress | None = None,
-) -> Comparison:
-    """Compare two models output by output on the same samples.
-
-    Args:
-        reference: The float model.
-        other: What should give the same.
-        data: Samples in any form that `Calibration` takes.
-        limit: Use at most so many samples.
-        preprocess: Preset or TOML file that turns pictures into inputs.
-        strict: Whether a sample that cannot be read is an error, not left out and counted.
-        threads: Threads for onnxruntime; 0 for all cores.
-        timed: Whether to time both, in turns, on the first sample.
-        runs: Timed runs of each; None: as many as there are in about two seconds, at least ten.
-        progress: Where progress is shown.
-
-    Raises:
-        OnnxqError: A model or a sample cannot be read, or their signatures differ.
-    """
-    ctx = Context(calibration(data, limit, preprocess, strict), threads=threads, progress=progress)
-    paths = [Path(p) for p in (reference, other)]
-    if runs is not None and runs < 1:
-        raise OnnxqError(f"runs: wanted 1 or more, got {runs}")
-    sessions = [Session(load(p).to_proto(), threads=threads, config=NO_SPINNING) for p in paths]
-    samples = ctx.spread(sessions[0], 0)
-    with ctx.progress.task("compare", samples.length) as advance:
-        outputs = error.compare(sessions[0], sessions[1], samples, advance)
-    times: Latency | None = None
-    if timed:
-        with ctx.progress.task("time", None):
-            times = pair(sessions[0], sessions[1], next(iter(samples)), count=runs)
-    sizes = (_bytes(paths[0]), _bytes(paths[1]))
-    count = outputs[0].samples if outputs else 0
-    return Comparison(outputs, sizes, times, count, threads, ctx.finish().notes)
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """One layer of a model: its cost and the range of its weight."""
-
-    cost: cost.LayerCost
-    weight_shape: tuple[int, ...]
-    low: float
-    high: float
-    spread: float
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """What a model consists of."""
-
-    path: str
-    opset: int
-    inputs: list[str]
-    outputs: list[str]
-    operators: dict[str, int]
-    nbytes: int
-    storage: list[Storage]
-    layers: list[LayerFacts]
-    notes: list[str]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        plain = dataclasses.asdict(self)
-        plain["storage"] = [_plain(s) for s in self.storage]
-        plain["layers"] = [
-            {**layer.cost.to_dict(), "weight_shape": list(layer.weight_shape)}
-            | {"low": layer.low, "high": layer.high}
-            | {"spread": layer.spread if np.isfinite(layer.spread) else None}
-            for layer in self.layers
-        ]
-        return plain
-
-
-def inspect(
-    source: str | os.PathLike[str] | Model, *, shapes: Mapping[str, Sequence[int]] | None = None
-) -> Inspection:
-    """Layers, parameters, bytes, MACs and weight ranges of a model.
-
-    Args:
-        source: The model.
-        shapes: Concrete shapes of dynamic inputs; unknown sizes count as 1.
-    """
-    model = load(source)
-    session = Session(model.to_proto(), threads=1, level="disabled")
-    concrete = cost.tensor_shapes(model, dict(shapes or {}))
-    by_name = {layer.name: layer for layer in model.layers()}
-    facts = [
-        LayerFacts(c, *_weight_facts(by_name[c.name]))
-        for c in cost.layer_costs(model, concrete)
-        if c.name in by_name
-    ]
-    operators: dict[str, int] = {}
-    for node in model.graph.nodes:
-        operators[node.op] = operators.get(node.op, 0) + 1
-    return Inspection(
-        path=str(model.path or ""),
-        opset=model.opset,
-        inputs=[str(i) for i in session.inputs],
-        outputs=[str(o) for o in session.outputs],
-        operators=dict(sorted(operators.items(), key=lambda item: -item[1])),
-        nbytes=model.nbytes,
-        storage=storage(model),
-        layers=facts,
-        notes=model.notes,
-    )
 
 
 def check_outputs(
@@ -615,7 +451,7 @@ def _known_statistics(path: Path | None, model: Model) -> Statistics | None:
 
 def _measure(report: Report, before: Model, after: Model, ctx: Context) -> None:
     """What the run achieved, measured: bytes, share of MACs in integers, output error."""
-    size = before.nbytes if before.path is None else _bytes(before.path)
+    size = before.nbytes if before.path is None else file_bytes(before.path)
     report.facts["bytes"] = {"before": size, "after": after.nbytes}
     report.facts["versions"] = versions()
     report.facts["seconds"] = round(report.seconds, 3)
@@ -632,7 +468,7 @@ def _measure(report: Report, before: Model, after: Model, ctx: Context) -> None:
             " onnxruntime's CPU provider"
         )
     report.facts["integers"] = share.to_dict()
-    report.facts["storage"] = [_plain(s) for s in storage(after)]
+    report.facts["storage"] = [s.to_dict() for s in storage(after)]
     if samples is not None:
         pair = [Session(m.to_proto(), threads=ctx.threads) for m in (before, after)]
         total = None if samples.length is None else min(samples.length, CHECK_SAMPLES)
@@ -641,19 +477,5 @@ def _measure(report: Report, before: Model, after: Model, ctx: Context) -> None:
         report.facts["outputs"] = [e.to_dict() for e in errors]
 
 
-def _plain(stored: Storage) -> dict[str, Any]:
-    return {**dataclasses.asdict(stored), "text": str(stored)}
-
-
 def _first(samples: Samples) -> Iterator[dict[str, np.ndarray]]:
     return islice(iter(samples), CHECK_SAMPLES)
-
-
-def _bytes(path: Path) -> int:
-    return path.stat().st_size + sum(f.stat().st_size for f in external_files(path))
-
-
-def _weight_facts(layer: Layer) -> tuple[tuple[int, ...], float, float, float]:
-    ranges = channel_ranges(layer.weight, layer.channel_axis)
-    low, high = float(ranges.low.min(initial=0)), float(ranges.high.max(initial=0))
-    return layer.weight.shape, low, high, ranges.spread

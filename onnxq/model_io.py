@@ -24,6 +24,7 @@ __all__ = [
     "TWO_GB",
     "external_files",
     "external_tensors",
+    "file_bytes",
     "is_ort",
     "read_proto",
     "serialized_size",
@@ -135,6 +136,11 @@ def stored_bytes(tensor: onnx.TensorProto) -> int:
     bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}.get(name)
     bits = bits or 8 * onnx.helper.tensor_dtype_to_np_dtype(kind).itemsize
     return int(-(-math.prod(tensor.dims) * bits // 8))
+
+
+def file_bytes(path: Path) -> int:
+    """The size of a model file and of the external data that it refers to."""
+    return path.stat().st_size + sum(f.stat().st_size for f in external_files(path))
 
 
 def external_files(path: Path | None) -> set[Path]:

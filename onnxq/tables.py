@@ -10,12 +10,13 @@ from onnxq.analysis.error import OutputError
 from onnxq.analysis.findings import Analysis, LayerFindings
 from onnxq.analysis.latency import WARM_UP, Latency
 from onnxq.analysis.sensitivity import decibel
-from onnxq.api import Comparison, Inspection
+from onnxq.comparison import Comparison
 from onnxq.console import echo
 from onnxq.console import show as _print
 from onnxq.console import table as _table
 from onnxq.deployment import MANIFEST, Deployment
 from onnxq.encoding_files import Differences
+from onnxq.inspection import Inspection
 from onnxq.pages import page
 from onnxq.passes import PASSES
 from onnxq.recipe import RECIPES

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -42,6 +44,10 @@ class Storage:
         if self.unpacked:
             what += f", unpacked to {self.unpacked} when the model is loaded"
         return what
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, and the same in words."""
+        return {**dataclasses.asdict(self), "text": str(self)}
 
 
 def storage(model: Model) -> list[Storage]:

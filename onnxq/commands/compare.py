@@ -58,10 +58,10 @@ def compare(
       onnxq compare in.onnx out.onnx --data samples/ --threads 1 --runs 200
       onnxq compare in.onnx out.onnx --data samples/ --no-latency --json error.json
     """
-    from onnxq import api, tables
+    from onnxq import api, comparison, tables
 
     api.check_outputs([json_file], models=[reference, other], others=[data])
-    result = api.compare(reference, other, data, progress=progress(quiet), **given)
+    result = comparison.compare(reference, other, data, progress=progress(quiet), **given)
     write_json(json_file, result.to_dict())
     if not quiet:
         tables.comparison(result)

@@ -27,10 +27,10 @@ def inspect(source: Path, shapes: Shapes, json_file: Path | None, quiet: bool) -
       onnxq inspect in.onnx
       onnxq inspect in.onnx --shape image=1x3x224x224 --json layers.json
     """
-    from onnxq import api, tables
+    from onnxq import api, inspection, tables
 
     api.check_outputs([json_file], models=[source])
-    result = api.inspect(source, shapes=dict(shapes))
+    result = inspection.inspect(source, shapes=dict(shapes))
     write_json(json_file, result.to_dict())
     if not quiet:
         tables.inspection(result)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxq import api
+from onnxq.comparison import compare
 from onnxq.errors import OnnxqError
 from onnxq.progress import Progress, Silent
 from onnxq.report import write_text
@@ -222,7 +222,7 @@ def _row(
 ) -> Row:
     built = quantized(found, form, folder, to, threads=threads, progress=progress)
     source = folder / found.model.file
-    timed = api.compare(source, built.file, built.samples, limit=1, threads=1).latency
+    timed = compare(source, built.file, built.samples, limit=1, threads=1).latency
     assert timed is not None  # as asked for
     return Row(
         format=form.name,

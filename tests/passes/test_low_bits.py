@@ -7,6 +7,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
+import onnxq
 from onnxq import api, encodings_json
 from onnxq.analysis.fusion import integer_share
 from onnxq.analysis.storage import storage
@@ -503,11 +504,11 @@ def test_a_written_model_is_read_again(tmp_path):
     ]
     again = load(out)
     assert (again.nbytes, again.digest()) == (model.nbytes, model.digest())
-    assert [str(s) for s in api.inspect(out).storage] == [
+    assert [str(s) for s in onnxq.inspect(out).storage] == [
         s["text"] for s in report.facts["storage"]
     ]
     assert integer_share(again).share == 1
-    (error,) = api.compare(path, out, data, timed=False).outputs
+    (error,) = onnxq.compare(path, out, data, timed=False).outputs
     assert error.to_dict()["sqnr_db"] > 15
     with pytest.raises(ModelError, match="quantized already"):
         api.quantize(out, tmp_path / "twice.onnx", data)
