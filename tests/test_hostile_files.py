@@ -216,7 +216,7 @@ def test_a_picture_that_would_become_gigabytes(tmp_path):
 def test_sizes_that_no_picture_has(size, model, tmp_path):
     (tmp_path / "p.toml").write_text(f"size = {size}\n")
     result = onnxq(*quantize(model, samples(tmp_path), "--preprocess", tmp_path / "p.toml"))
-    refused(result, "size: wanted up to 65535 pixels", "p.toml")
+    refused(result, "size: wanted pixels, or [height, width], up to 65535", "p.toml")
 
 
 # ------------------------------------------------------------------------------- TOML
