@@ -300,6 +300,20 @@ def test_what_is_no_model(name, verb, material, tmp_path):
         load(onnx.load_from_string(data))
 
 
+@pytest.mark.parametrize("group", [0, -1, 3, 128])
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_groups_that_cannot_share_channels(op, group, tmp_path):
+    text = "g (float[N,C,8,8] x) => (float[N,D,H,W] y) <float[4,3,3,3] w>"
+    proto = parse(f"{text} {{ c = Conv(x, w) y = Relu(c) }}")
+    proto.graph.node[0].op_type = op
+    proto.graph.node[0].attribute.append(helper.make_attribute("group", group))
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert load(tmp_path / "in.onnx").layers() == []
+    refused(
+        onnxq("quantize", tmp_path / "in.onnx", tmp_path / "out.onnx", "--data-free", "--quiet")
+    )
+
+
 # ------------------------------------------------------------------------------- bombs
 
 
