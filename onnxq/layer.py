@@ -48,7 +48,11 @@ class Layer:
                 return None
         elif not isinstance(node.inputs[side], gs.Constant):
             return None
-        return cls(model, node, side)
+        layer = cls(model, node, side)
+        shape = layer.weight_tensor.shape
+        if "Conv" in node.op and (not shape or layer.group < 1 or shape[0] % layer.group):
+            return None  # channels that groups cannot share; onnxruntime says so when it runs
+        return layer
 
     @property
     def name(self) -> str:

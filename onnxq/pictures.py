@@ -314,7 +314,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 # Field -> whether a value fits, and what was wanted.
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "size": (_is_size, f"up to {_LONGEST} pixels, or [height, width]"),
+    "size": (_is_size, f"pixels, or [height, width], up to {_LONGEST}"),
     "crop_pct": (lambda v: _is_number(v) and 0 < v <= 1, "a fraction above 0, at most 1"),
     "pad_value": (lambda v: type(v) is int and 0 <= v <= 255, "an integer from 0 to 255"),
     "scale": (lambda v: _is_number(v) and v != 0, "a number other than 0"),

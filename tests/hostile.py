@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -42,42 +43,51 @@ def one_line(stdout, stderr):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a process of its own did.
+    """What a command did in a process with limits.
 
     Args:
-        code: Exit status; negative for a signal.
+        code: Exit status.
         stdout: What it wrote there.
         stderr: The same.
-        peak: Most resident memory, bytes.
     """
 
     code: int
     stdout: str
     stderr: str
-    peak: int
 
 
 _LIMITED = """
-import atexit, resource, sys
-space, seconds, peak = int(sys.argv.pop(1)), int(sys.argv.pop(1)), sys.argv.pop(1)
+import json, resource, sys
+space, seconds = int(sys.argv[1]), int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_AS, (space, space))
 resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-rss = lambda: str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-atexit.register(lambda: open(peak, "w").write(rss()))
+from click.testing import CliRunner
 from onnxq.cli import main
-main()
+found = []
+for command in json.loads(sys.argv[3]):
+    result = CliRunner().invoke(main, command)
+    known = result.exception is None or isinstance(result.exception, SystemExit)
+    assert known, repr(result.exception)
+    found.append([result.exit_code, result.stdout, result.stderr])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([found, peak]))
 """
 
 
-def limited(folder, *args, space=4 << 30, seconds=60):
-    """Run the command line in a process that may address so many bytes, and take so long."""
+def limited(*commands, space=4 << 30, seconds=60):
+    """Run command lines one after the other in a process that may address so many bytes.
+
+    Returns:
+        What each did, and the most memory that was resident, in bytes.
+    """
     pytest.importorskip("resource", reason="no limits here")
-    peak = folder / "peak"
-    command = [sys.executable, "-c", _LIMITED, str(space), str(seconds), str(peak)]
+    texts = json.dumps([[str(a) for a in command] for command in commands])
     done = subprocess.run(
-        [*command, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=4 * seconds
+        [sys.executable, "-c", _LIMITED, str(space), str(seconds), texts],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
-    kib = int(peak.read_text()) if peak.exists() else 0
-    peak.unlink(missing_ok=True)
-    unit = 1 if sys.platform == "darwin" else 1 << 10
-    return Outcome(done.returncode, done.stdout, done.stderr, kib * unit)
+    assert done.returncode == 0, done.stderr
+    found, peak = json.loads(done.stdout)
+    return [Outcome(*each) for each in found], peak * (1 if sys.platform == "darwin" else 1 << 10)

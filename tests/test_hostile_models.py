@@ -13,13 +13,14 @@ import onnx.parser
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
+from onnxq import model_io
 from onnxq.cli import main
 from onnxq.commands.group import verbs
 from onnxq.errors import OnnxqError
 from onnxq.model import load
-from tests.hostile import onnxq, refused
+from tests.hostile import limited, one_line, onnxq, refused
 from tests.models import feeds, parse
 from tests.test_bad_input import tree
 
@@ -297,3 +298,136 @@ def test_what_is_no_model(name, verb, material, tmp_path):
     assert tree(tmp_path) == before
     with pytest.raises(OnnxqError, match=says[-1]):
         load(onnx.load_from_string(data))
+
+
+@pytest.mark.parametrize("group", [0, -1, 3, 128])
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose"])
+def test_groups_that_cannot_share_channels(op, group, tmp_path):
+    text = "g (float[N,C,8,8] x) => (float[N,D,H,W] y) <float[4,3,3,3] w>"
+    proto = parse(f"{text} {{ c = Conv(x, w) y = Relu(c) }}")
+    proto.graph.node[0].op_type = op
+    proto.graph.node[0].attribute.append(helper.make_attribute("group", group))
+    onnx.save(proto, tmp_path / "in.onnx")
+    assert load(tmp_path / "in.onnx").layers() == []
+    refused(
+        onnxq("quantize", tmp_path / "in.onnx", tmp_path / "out.onnx", "--data-free", "--quiet")
+    )
+
+
+# ------------------------------------------------------------------------------- bombs
+
+
+def const(text, **arrays):
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]>\n{text}')
+    for name, array in arrays.items():
+        proto.graph.initializer.append(numpy_helper.from_array(np.asarray(array), name))
+    return proto
+
+
+BOMBS = {
+    "a range": const(
+        "g (float[1] x) => (float[] y)"
+        "{ c = Range(a, b, d) e = Cast<to=1>(c) r = ReduceSum<keepdims=0>(e) y = Add(x, r) }",
+        a=np.int64(0),
+        b=np.int64(10**11),
+        d=np.int64(1),
+    ),
+    "an index": const(
+        "g (float[1] x) => (float[] y) { q = ConstantOfShape<value=int64[1] {0}>(s)"
+        "c = Gather(s, q) e = Cast<to=1>(c) r = ReduceSum<keepdims=0>(e) y = Add(x, r) }",
+        s=np.array([10**11]),
+    ),
+    "a constant": const(
+        "g (float[1] x) => (float[] y)"
+        "{ c = ConstantOfShape(s) r = ReduceSum<keepdims=0>(c) y = Add(x, r) }",
+        s=np.array([10**6, 10**6]),
+    ),
+    "padding": const(
+        "g (float[1,1,8,8] x) => (float[] y) { c = Conv<pads=[99999999,9,99999999,9]>(x, w)"
+        "y = ReduceSum(c) }",
+        w=np.ones((1, 1, 3, 3), np.float32),
+    ),
+    "an input": const(
+        "g (float[1,1,1000000,1000000] x) => (float[] y) { c = Conv(x, w) y = ReduceSum(c) }",
+        w=np.ones((1, 1, 3, 3), np.float32),
+    ),
+}
+
+
+def test_models_that_want_terabytes(tmp_path):
+    """Where the process may have 4 GiB, nothing of that is even tried, or it ends in one line."""
+    for name, bomb in BOMBS.items():
+        onnx.save(bomb, tmp_path / f"{name}.onnx")
+    before = tree(tmp_path)
+    sources = [tmp_path / f"{name}.onnx" for name in BOMBS]
+    free = [["quantize", s, tmp_path / "out", "--data-free", "--quiet"] for s in sources]
+    looked = [[verb, s, "--quiet"] for s in sources for verb in ("inspect", "doctor")]
+    found, peak = limited(*free, *looked)
+    for outcome in found[: len(free)]:
+        assert outcome.code == 1
+        assert "made up" in one_line(outcome.stdout, outcome.stderr)
+    assert all(o.code == 0 or one_line(o.stdout, o.stderr) for o in found)
+    assert peak < 500 << 20
+    assert tree(tmp_path) == before
+
+
+def test_more_external_data_than_memory(tmp_path, monkeypatch):
+    """A file of zeros may be a hole, and two tensors may name the same one."""
+    proto = parse("g (float[1,4] x) => (float[] y) <float[4,4] w> { y = MatMul(x, w) }")
+    weight = proto.graph.initializer[0]
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="w.bin")
+    (tmp_path / "in.onnx").write_bytes(proto.SerializeToString())
+    with (tmp_path / "w.bin").open("wb") as file:
+        file.truncate(1 << 40)
+    monkeypatch.setattr(model_io, "memory", lambda: 1 << 34)
+    result = onnxq("inspect", tmp_path / "in.onnx")
+    refused(result, "external data take 1024 GiB, more than there is memory", "in.onnx")
+
+
+def test_a_file_larger_than_protobuf_reads(tmp_path):
+    with (tmp_path / "in.onnx").open("wb") as file:
+        file.truncate(1 << 40)
+    result = onnxq("inspect", tmp_path / "in.onnx")
+    refused(result, "is of 1024 GiB, and an ONNX file has less than 2", "in.onnx")
+
+
+def test_what_does_not_fit_into_memory_is_one_line(material, tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr("onnxq.passes.calibrate.place", full)
+    arguments = [material / "float.onnx", tmp_path / "out.onnx", "--calib", material / "calib"]
+    refused(onnxq("quantize", *arguments, "--quiet"), "not enough memory")
+
+
+# ------------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name", ["[/red]", "[link=http://x]", "\x1b[2J\x07", "\x9b31m", "\u202eevil"]
+)
+def test_names_are_shown_and_not_obeyed(name, tmp_path):
+    """What a model calls its nodes and tensors can neither end a verb nor reach the terminal."""
+    proto = parse("g (float[N,4] x) => (float[] y) <float[4,4] w> { a = MatMul(x, w) y = Relu(a) }")
+    for index, inner in enumerate(proto.graph.node):
+        inner.name = f"{name}{index}"
+    proto.graph.node[0].output[0] = proto.graph.node[1].input[0] = name
+    source, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
+    onnx.save(proto, source)
+    (tmp_path / "calib").mkdir()
+    np.savez(tmp_path / "calib" / "0.npz", x=np.ones((1, 4), np.float32))
+    calib = ["--calib", tmp_path / "calib"]
+    shown = ""
+    for arguments in (
+        *(["quantize", source, out, *calib], ["inspect", source], ["doctor", source]),
+        *(["doctor", out], ["analyze", source, *calib], ["deploy", out, tmp_path / "folder"]),
+        ["encodings", "export", out, tmp_path / "e.json"],
+    ):
+        result = onnxq(*arguments)
+        assert result.exit_code == 0, result.output
+        assert not any(c in result.output for c in "\x1b\x07\x9b\u202e")
+        shown += result.output
+    plain = name.encode("unicode_escape").decode() if not name.isprintable() else name
+    assert plain in shown

@@ -343,7 +343,7 @@ def test_a_decompression_bomb(tmp_path, monkeypatch, limit):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"size": 0}, r"size: wanted pixels, or \[height, width\], got 0"),
+        ({"size": 0}, r"size: wanted pixels, or \[height, width\], up to 65535, got 0"),
         ({"size": (224, 224, 3)}, "size: wanted pixels"),
         ({"size": 224.0}, "size: wanted pixels.*got 224.0"),
         ({"size": True}, "size: wanted pixels.*got True"),
@@ -405,7 +405,10 @@ def test_a_file_starts_from_a_preset(tmp_path):
     [
         ("sise = 3", r"preprocessing has no 'sise' \(.*p\.toml\); did you mean size"),
         ("zzz = 3", "has no 'zzz' .*keys are preset, size, fit"),
-        ("size = 'x'", r"size: wanted pixels, or \[height, width\], got 'x' \(.*p\.toml\)"),
+        (
+            "size = 'x'",
+            r"size: wanted pixels, or \[height, width\], up to 65535, got 'x' \(.*p\.toml\)",
+        ),
         ("scale = true", "scale: wanted a number other than 0, got True"),
         ("mean = [[1]]", "mean: wanted a number"),
         ("fit = 'letterbocks'", r"fit: wanted .*\(.*p\.toml\); did you mean letterbox"),
