@@ -120,6 +120,13 @@ class Model:
         """Whether the tensor is an output of the model."""
         return any(t is tensor for t in self.graph.outputs)
 
+    def is_nested(self, node: gs.Node) -> bool:
+        """Whether a node is part of a subgraph: left alone, so that one look is enough."""
+        if not hasattr(self, "_nested"):
+            graphs = self.graph.subgraphs(recursive=True)
+            self._nested = {id(n) for graph in graphs for n in graph.nodes}
+        return id(node) in self._nested
+
     def tensors(self) -> dict[str, gs.Tensor]:
         """Every tensor by name, subgraphs left out."""
         found: dict[str, gs.Tensor] = {t.name: t for t in self.graph.inputs}
@@ -267,6 +274,7 @@ class Model:
             raise ModelError(error.what, where=self.path, fix=error.fix) from error
         proto.ir_version = max(proto.ir_version, self._extras.ir_version)
         self.__dict__.pop("_names", None)
+        self.__dict__.pop("_nested", None)
         encodings, batch_norms = self.encodings, self.batch_norms
         notes, extras = self.notes, self._extras
         self.__init__(proto, self.path)  # type: ignore[misc]
@@ -297,6 +305,7 @@ class Model:
         """An independent copy.  Arrays are shared: passes replace them, never write into them."""
         other = copy.copy(self)
         other.__dict__.pop("_names", None)
+        other.__dict__.pop("_nested", None)
         other.graph = self.graph.copy()
         other.graph.import_domains = copy.deepcopy(self.graph.import_domains)
         for node, twin in zip(self.graph.nodes, other.graph.nodes, strict=True):

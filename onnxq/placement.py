@@ -165,14 +165,13 @@ class Ends:
         self._model = model
         self._left = left
         self._lifts = lifts
-        self._main = {id(n) for n in model.graph.nodes}
 
     def absorbed(self, tensor: gs.Tensor, kernel: Kernel) -> gs.Node | None:
         """The Relu or Clip after the tensor that quantizing its result makes redundant."""
         if kernel.role == "move" or self._model.is_output(tensor) or len(tensor.outputs) != 1:
             return None
         node = tensor.outputs[0]
-        if id(node) not in self._main or node.name in self._left:  # of a subgraph; excluded
+        if self._model.is_nested(node) or node.name in self._left:
             return None
         return node if activation_bounds(self._model, node) is not None else None
 

@@ -463,7 +463,9 @@ def test_an_interrupted_run_is_taken_up_again(tmp_path):
 def test_an_unreadable_sample_is_skipped_and_counted(tmp_path):
     calib, fewer = tmp_path / "calib", tmp_path / "fewer"
     for folder in (calib, fewer):
-        shutil.copytree(CALIB, folder)
+        folder.mkdir()
+        for file in sorted(CALIB.iterdir())[:20]:
+            shutil.copy(file, folder)
     files = sorted(calib.iterdir())
     middle = files[len(files) // 2]
     middle.write_bytes(middle.read_bytes()[:100])
