@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # for example PYTEST_ARGS="-n auto -k clean"; one process unless asked, numba's cache on disk is not made for several
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 # only errors are shown
@@ -31,11 +32,9 @@ check: $(DEV) ## format, lint, types, import contract, tests
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-# status 77: nothing to measure, as the script has said
-bench: $(DEV) ## run every script of benchmarks/; some need ONNXQ_ZOO
-	@for script in $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py))); do \
-		echo "== $$script"; $(BIN)/python $$script || [ $$? = 77 ] || exit 1; \
-	done
+# for example BENCH_ARGS="--only latency"
+bench: $(DEV) ## run the scripts of benchmarks/ and write docs/benchmarks.md; most need ONNXQ_ZOO
+	@$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 docs: $(RUN) ## write docs/cli.md, passes.md and targets.md from the code
 	@$(BIN)/python docs/generate.py

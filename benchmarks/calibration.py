@@ -19,8 +19,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import _zoo
+from _memory import available, peak
 from _zoo import Feed, Reader, stream
 from onnxruntime.quantization import CalibrationMethod
 from onnxruntime.quantization.calibrate import create_calibrator
@@ -245,29 +244,6 @@ def tensor_bytes(file: Path, feed: Feed) -> int:
     model = load(file)
     names = [t.name for node in model.graph.nodes for t in node.outputs if t.name]
     return sum(a.nbytes for a in Session(file, outputs=names).run_shared(feed).values())
-
-
-def peak() -> int:
-    """The most bytes of memory that this process has had.
-
-    The kernel counts what the parent had before this program was loaded in ru_maxrss, too.
-    """
-    if os.path.exists("/proc/self/status"):
-        return 1024 * int(_proc("/proc/self/status")["VmHWM"].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-
-
-def available() -> float:
-    """Bytes of memory that can be used."""
-    if os.path.exists("/proc/meminfo"):
-        return 1024.0 * int(_proc("/proc/meminfo")["MemAvailable"].split()[0])
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _proc(path: str) -> dict[str, str]:
-    return dict(line.split(":", 1) for line in Path(path).read_text().splitlines())
 
 
 def memory_table(peaks: list[dict[str, Any]]) -> str:
