@@ -38,6 +38,7 @@ _Effects = Mapping[str, Mapping[Hashable, float]]
 # Samples and patches a layer that second moments come from, and samples that gradients do.
 MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 32, 2048, 32
 MEMORY_MB = 1024
+UNREACHED = "never executed: no sample reached it"
 
 
 @dataclass(eq=False)
@@ -51,6 +52,7 @@ class Expected:
         gains: Layer -> squared error of the outputs, relative to their power, for each unit of
             squared error of the layer's output, relative to its power.
         unknown: Layer -> why its effect is not known.
+        unfit: Those of which nothing at all is known -> why.
         samples: How many samples there were, for each part.
         notes: What is left out, one sentence each.
     """
@@ -60,6 +62,7 @@ class Expected:
     means: dict[str, np.ndarray] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -84,9 +87,10 @@ def expect(
     layers = []
     for layer in model.layers():
         if (why := _unfit(layer, calibrated)) is not None:
-            found.unknown[layer.name] = why
+            found.unfit[layer.name] = why
         else:
             layers.append(layer)
+    found.unknown |= found.unfit
     if not layers:
         return found
     inputs = LayerInputs(
@@ -103,7 +107,7 @@ def expect(
     for layer in layers:
         statistics = inputs.measure(layer)
         if statistics is None:
-            found.unknown[layer.name] = "never executed: no sample reached it"
+            found.unfit[layer.name] = found.unknown[layer.name] = UNREACHED
             continue
         power = output_power(layer, statistics)
         probe, noise = _rounded(layer, calibrated, statistics, weights, activations, found)
@@ -132,7 +136,7 @@ def _unfit(layer: Layer, calibrated: Calibrated) -> str | None:
         return f"{layer.op} of this kind is not estimated"
     seen = calibrated.statistics.get(layer.x.name)
     if seen is None or not seen.count:
-        return "never executed: no sample reached it"
+        return UNREACHED
     return None
 
 
