@@ -83,7 +83,8 @@ def compressible(model: Model, ctx: Context, unfit: Mapping[str, str], seed: int
     statistics = moments(model, held, ctx, rng=rng, samples=known_by, patches=PATCHES, halves=True)
     found.samples = {"compression": len(known_by), "effects of compression": len(feeds)}
     too_large = {x.name for x in layers} - {x.name for x in held}
-    why = dict.fromkeys(too_large, f"its second moments do not fit into {MEMORY_MB} MB") | unfit
+    why = dict.fromkeys(too_large, f"its second moments do not fit into {MEMORY_MB} MB")
+    why |= unfit
     splits = [Spatial(MULTIPLE), Rows(MULTIPLE)]
     table = measure(
         model,
@@ -142,8 +143,8 @@ def _channels(
 ) -> None:
     """Curves of the groups of channels, for each layer that puts them out."""
     dependencies = find_groups(model)
-    for name, reason in dependencies.refused.items():
-        found.whole.setdefault(name, {})[PRUNING] = reason
+    for name, refused in dependencies.refused.items():
+        found.whole.setdefault(name, {})[PRUNING] = refused
     costs = Costs.of(model, tensor_shapes(model, trials.feeds[0]))
     groups = dependencies.groups
     with ctx.progress.task("effect of channels", len(groups)) as advance:

@@ -335,6 +335,12 @@ class Analysis:
         known = [layer for layer in self.layers if layer.fragility is not None]
         return sorted(known, key=lambda layer: layer.fragility or 0)
 
+    @property
+    def cheap(self) -> list[Compression]:
+        """What spares most at no more than `SPARED` error, each layer or group of them once."""
+        found = {(c.method, c.layers): c for x in self.layers if (c := x.spared()) is not None}
+        return sorted(found.values(), key=lambda c: -c.saved)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         return {
