@@ -263,9 +263,13 @@ def weight_gradient(probe: Probe, gradient: Gradient, matmul: Session) -> np.nda
     """
     layer, g = probe.layer, gradient.output
     source = PatchSource.of(layer)
+    x = np.asarray(gradient.x, np.float32)
+    if source.op != "rows" and source.columns == math.prod(source.size):
+        total = source.products(x, g).astype(np.float32)
+        each = g.sum(axis=(0, *range(2, g.ndim)), dtype=np.float32).reshape(total.shape[:2])
+        return _about_mean(probe, total, each)
     if source.op != "rows":
         g = np.moveaxis(g, 1, -1)
-    x = np.asarray(gradient.x, np.float32)
     g = np.ascontiguousarray(g, np.float32).reshape(source.positions(x), source.groups, -1)
     total = np.zeros((source.groups, g.shape[2], source.columns), np.float32)
     step = max(1, _CHUNK // (4 * source.groups * source.columns))
@@ -274,10 +278,14 @@ def weight_gradient(probe: Probe, gradient: Gradient, matmul: Session) -> np.nda
         patches = np.ascontiguousarray(source.draw(x, picked).transpose(1, 0, 2))
         part = np.ascontiguousarray(g[start : start + step].transpose(1, 2, 0))
         total += matmul.run_shared({"a": part, "b": patches})["y"]
-    if takes_bias(layer):
-        mean = probe.mean.astype(np.float32)
-        total -= g.sum(axis=0)[:, :, None] * mean[:, None, :]
-    return np.asarray(np.float32(_alpha(layer)) * total)
+    return _about_mean(probe, total, g.sum(axis=0))
+
+
+def _about_mean(probe: Probe, total: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """A gradient [G, R, K] of a weight whose bias makes up for the mean; that of the bias [G, R]."""
+    if takes_bias(probe.layer):
+        total -= gradient[:, :, None] * probe.mean.astype(np.float32)[:, None, :]
+    return np.asarray(np.float32(_alpha(probe.layer)) * total)
 
 
 def _matmul() -> Session:

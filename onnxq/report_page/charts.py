@@ -45,7 +45,7 @@ DETAILS = {
     "values": "Weights",
     "activation": "What it reads, and the range that was chosen",
     "channels": "What it reads, per channel",
-    "formats": "SQNR at the outputs, by format: bars expected, diamonds measured",
+    "formats": "SQNR at the outputs, by format",
     "curves": "Compressed: SQNR at the outputs by the MACs that are kept",
 }
 

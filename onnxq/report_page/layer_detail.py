@@ -85,6 +85,8 @@ def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
         for found in ([s.effect for s in rows], [s.measured for s in rows])
     )
     known = [f"{n} {e:.1f} dB" for n, e in zip(names, expected, strict=True) if e is not None]
+    if any(v is not None for v in measured):
+        known.append("diamonds: as measured")
     return {
         "text": ", ".join(known),
         "names": names,
