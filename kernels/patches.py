@@ -127,7 +127,7 @@ def _add_patch_products(
                             last = min(positions[2] - 1, (width - 1 + shift) // strides[2])
                             if last < first:
                                 continue
-                            sum_ = 0.0
+                            whole = np.float64(0)
                             for p in range(positions[0]):
                                 d = p * strides[0] + k * dilations[0] - begin[0]
                                 if d < 0 or d >= depth:
@@ -144,8 +144,8 @@ def _add_patch_products(
                                     else:
                                         for w in range(first, last + 1):
                                             total += by[w] * row[w * strides[2] - shift]
-                                    sum_ += total
-                            out[c, r, k, i, j] += sum_
+                                    whole += total
+                            out[c, r, k, i, j] += whole
 
 
 def gather_patches(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxq.analysis.adjoint import Adjoint
+from onnxq.analysis.cost import layer_costs, tensor_shapes
 from onnxq.analysis.sensitivity import (
     Part,
     Probe,
@@ -25,7 +26,7 @@ from onnxq.encoding import Encoding, Format
 from onnxq.errors import OnnxqError
 from onnxq.formats import weight_encoding
 from onnxq.layer_inputs import LayerInputs
-from onnxq.model import Layer
+from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import supports
 from onnxq.runtime import Session, cores
@@ -36,7 +37,10 @@ __all__ = ["Expected", "Key", "expect"]
 Key = tuple[Part, str]
 _Effects = Mapping[str, Mapping[Hashable, float]]
 # Samples and patches a layer that second moments come from, and samples that gradients do.
-MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 32, 2048, 32
+MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 16, 2048, 32
+# Directions at the outputs for each of these: as many as this many multiply-accumulates allow, and
+# no more than a few.  One alone leaves terms between the rows of a weight to chance.
+DIRECTION_MACS, DIRECTIONS = 5 << 30, 4
 MEMORY_MB = 1024
 UNREACHED = "never executed: no sample reached it"
 
@@ -197,13 +201,27 @@ def _effects(
         rng = np.random.default_rng([seed, len(probes)])
         threads = min(ctx.threads, cores()) or cores()
         effects = expected_effects(
-            adjoint, probes, fitting, powers, rng, threads=threads, progress=advance
+            adjoint,
+            probes,
+            fitting,
+            powers,
+            rng,
+            directions=_directions(model, fitting),
+            threads=threads,
+            progress=advance,
         )
     found.samples["gradients"] = len(fitting)
     if not any(p > 0 for p in powers.values()):
         found.notes.append("no output is a finite floating-point number other than zero")
         return {}, None
     return effects, adjoint
+
+
+def _directions(model: Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> int:
+    """How many directions at the outputs gradients are taken in, of each sample."""
+    shapes = tensor_shapes(model, feeds[0])
+    macs = sum(cost.macs or 0 for cost in layer_costs(model, shapes))
+    return max(1, min(DIRECTIONS, DIRECTION_MACS // max(macs * len(feeds), 1)))
 
 
 def _powers(session: Session, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

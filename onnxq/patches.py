@@ -108,6 +108,11 @@ class PatchSource:
         """How many patches an input has."""
         return int(np.prod(self.grid(x)))
 
+    def is_pointwise(self, x: np.ndarray) -> bool:
+        """Whether each place of an input is a patch of its own."""
+        ones = (1,) * len(self.size)
+        return self.size == ones and self.grid(x) == (x.shape[0], *x.shape[2:])
+
     def grid(self, x: np.ndarray) -> tuple[int, ...]:
         """The axes along which patches lie, in order: those of the output, without channels."""
         if self.op == "rows":
