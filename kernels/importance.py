@@ -116,7 +116,8 @@ class _State:
         columns = self.blocks[alive]
         parts = self.weight[:, columns].transpose(1, 2, 0)  # [blocks, columns, O]
         inner = self.inverse[columns[:, :, None], columns[:, None, :]]
-        costs = np.einsum("bco,bco->b", parts, np.linalg.solve(inner, parts))
+        solved = parts / inner if columns.shape[1] == 1 else np.linalg.solve(inner, parts)
+        costs = np.einsum("bco,bco->b", parts, solved)
         return np.asarray(costs * self.share)
 
     def remove(self, blocks: np.ndarray) -> None:

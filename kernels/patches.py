@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxq.kernels._jit import kernel, read_only
 
-__all__ = ["add_patch_sums", "gather_patches"]
+__all__ = ["add_patch_products", "add_patch_sums", "gather_patches"]
 
 
 def add_patch_sums(
@@ -76,6 +76,76 @@ def _add_patch_sums(
                                 continue
                             for j in range(window[2]):
                                 out[c, k, i, j] += row_sums[j]
+
+
+def add_patch_products(
+    x: np.ndarray,
+    weights: np.ndarray,
+    window: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    begin: tuple[int, int, int],
+    dilations: tuple[int, int, int],
+    positions: tuple[int, int, int],
+    out: np.ndarray,
+) -> None:
+    """Add the sums of all patches of each channel, weighed position by position.
+
+    Args:
+        x: Input, float32 [N, C, D, H, W].
+        weights: What each patch is multiplied by, R of each channel, float32 [N, C, R, *positions].
+        window: Window sizes.
+        strides: Strides.
+        begin: Zeros padded before each axis.
+        dilations: Dilations.
+        positions: Output sizes.
+        out: Sums, float64 [C, R, *window], added to.
+    """
+    given = read_only(x), read_only(weights)
+    _add_patch_products(*given, window, strides, begin, dilations, positions, out)
+
+
+@kernel(any_order=True)
+def _add_patch_products(
+    x: np.ndarray,
+    weights: np.ndarray,
+    window: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    begin: tuple[int, int, int],
+    dilations: tuple[int, int, int],
+    positions: tuple[int, int, int],
+    out: np.ndarray,
+) -> None:
+    samples, channels, depth, height, width = x.shape
+    for n in range(samples):
+        for c in range(channels):
+            for r in range(weights.shape[2]):
+                for k in range(window[0]):
+                    for i in range(window[1]):
+                        for j in range(window[2]):
+                            shift = begin[2] - j * dilations[2]
+                            first = max(0, -(-shift // strides[2]))
+                            last = min(positions[2] - 1, (width - 1 + shift) // strides[2])
+                            if last < first:
+                                continue
+                            whole = np.float64(0)
+                            for p in range(positions[0]):
+                                d = p * strides[0] + k * dilations[0] - begin[0]
+                                if d < 0 or d >= depth:
+                                    continue
+                                for q in range(positions[1]):
+                                    h = q * strides[1] + i * dilations[1] - begin[1]
+                                    if h < 0 or h >= height:
+                                        continue
+                                    row, by = x[n, c, d, h], weights[n, c, r, p, q]
+                                    total = np.float32(0)
+                                    if strides[2] == 1:
+                                        for w in range(first, last + 1):
+                                            total += by[w] * row[w - shift]
+                                    else:
+                                        for w in range(first, last + 1):
+                                            total += by[w] * row[w * strides[2] - shift]
+                                    whole += total
+                            out[c, r, k, i, j] += whole
 
 
 def gather_patches(

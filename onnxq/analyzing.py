@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,13 +17,14 @@ from onnxq.analysis.error_flow import error_flow
 from onnxq.analysis.findings import Analysis, LayerFindings, TensorFindings
 from onnxq.analysis.sensitivity import PARTS, decibel
 from onnxq.calibrated import calibrate
+from onnxq.compressible import Compressible, compressible
 from onnxq.encoding import Format
 from onnxq.errors import ModelError, RecipeError
 from onnxq.expected import Expected, Key, expect
 from onnxq.formats import LayerFormat
 from onnxq.fragility import explained, with_shares
 from onnxq.kernels._jit import announced
-from onnxq.layer_findings import Candidate, agreement, compressed, layer_findings, measured, totals
+from onnxq.layer_findings import agreement, layer_findings, measured, totals
 from onnxq.model import Model, load
 from onnxq.pass_manager import Context
 from onnxq.passes import Calibrate
@@ -46,9 +47,6 @@ ACTIVATIONS = ("uint8", "uint16")
 TRIAL_SAMPLES, FLOW_SAMPLES = 16, 16
 
 
-Candidates = Callable[[Model, Context], Iterable[Candidate]]
-
-
 def analyze(
     source: str | os.PathLike[str] | Model,
     calib: Any,
@@ -61,7 +59,7 @@ def analyze(
     metric: Metric | None = None,
     trial_samples: int = TRIAL_SAMPLES,
     executor: Executor | None = None,
-    candidates: Candidates | None = None,
+    compression: bool = True,
     limit: int | None = None,
     preprocess: Any = None,
     strict: bool = False,
@@ -85,8 +83,8 @@ def analyze(
             over the outputs of each sample, greater is better.
         trial_samples: Measure on at most so many samples.
         executor: Runs what is measured side by side; None: threads.
-        candidates: What layers may become by compression, given the prepared model: each is listed
-            with what it is expected to do to the outputs.
+        compression: Tell of each layer what it may become by compression, too, and what that does
+            to the outputs.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
         strict: Whether a sample that cannot be read is an error, not left out and counted.
@@ -136,6 +134,11 @@ def analyze(
                     layers = trials.one_at_a_time(layers)
                 else:
                     layers = trials.all_but_one(layers, written)
+        smaller = Compressible()
+        if compression:
+            with clock("compression"):
+                smaller = compressible(model, ctx, expected.unfit, seed)
+            layers = smaller.put(layers)
     layers = explained(
         with_shares(layers, weights, activations),
         weights,
@@ -144,8 +147,6 @@ def analyze(
         unknown=expected.unknown,
         command=_command(before, calib, weights, activations, exclude),
     )
-    if candidates is not None:
-        layers = compressed(layers, candidates(model, ctx))
     gone = {n.name for n in before.graph.nodes} - {n.name for n in model.graph.nodes}
     lost = [x.name for x in before.layers() if x.name in gone]
     notes = [*before.notes, *ctx.finish().notes, *expected.notes]
@@ -153,6 +154,7 @@ def analyze(
         notes.append(f"no output needs them: {', '.join(lost)}")
     notes += [f"tensor {name}: {what}" for name, what in known.broken.items()]
     samples = expected.samples | {"error along the graph": len(feeds[:FLOW_SAMPLES])}
+    samples |= smaller.samples
     if measure is not None:
         samples["measured"] = len(feeds[:trial_samples])
     return Analysis(

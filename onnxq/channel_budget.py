@@ -87,7 +87,7 @@ def loss(
     effects = []
     for tried in {min(known, key=lambda count: abs(count - part * size)) for part in _TRIED}:
         if known[tried] > EXACT:
-            copy = trial(model, group, statistics, tried)
+            copy = trial(model, group, statistics, tried, order)
             session = Session(copy.to_proto(), threads=trials.threads)
             error = output_error(session, trials.feeds, trials.outputs)
             effects.append(error / known[tried])

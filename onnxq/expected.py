@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from onnxq.analysis.adjoint import Adjoint
+from onnxq.analysis.cost import layer_costs, tensor_shapes
 from onnxq.analysis.sensitivity import (
     Part,
     Probe,
@@ -25,7 +26,7 @@ from onnxq.encoding import Encoding, Format
 from onnxq.errors import OnnxqError
 from onnxq.formats import weight_encoding
 from onnxq.layer_inputs import LayerInputs
-from onnxq.model import Layer
+from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
 from onnxq.patches import supports
 from onnxq.runtime import Session, cores
@@ -36,8 +37,12 @@ __all__ = ["Expected", "Key", "expect"]
 Key = tuple[Part, str]
 _Effects = Mapping[str, Mapping[Hashable, float]]
 # Samples and patches a layer that second moments come from, and samples that gradients do.
-MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 32, 2048, 32
+MOMENT_SAMPLES, PATCHES, GRADIENT_SAMPLES = 16, 2048, 32
+# Directions at the outputs for each of these: as many as this many multiply-accumulates allow, and
+# no more than a few.  One alone leaves terms between the rows of a weight to chance.
+DIRECTION_MACS, DIRECTIONS = 5 << 30, 4
 MEMORY_MB = 1024
+UNREACHED = "never executed: no sample reached it"
 
 
 @dataclass(eq=False)
@@ -51,6 +56,7 @@ class Expected:
         gains: Layer -> squared error of the outputs, relative to their power, for each unit of
             squared error of the layer's output, relative to its power.
         unknown: Layer -> why its effect is not known.
+        unfit: Those of which nothing at all is known -> why.
         samples: How many samples there were, for each part.
         notes: What is left out, one sentence each.
     """
@@ -60,6 +66,7 @@ class Expected:
     means: dict[str, np.ndarray] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
     unknown: dict[str, str] = field(default_factory=dict)
+    unfit: dict[str, str] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -84,9 +91,10 @@ def expect(
     layers = []
     for layer in model.layers():
         if (why := _unfit(layer, calibrated)) is not None:
-            found.unknown[layer.name] = why
+            found.unfit[layer.name] = why
         else:
             layers.append(layer)
+    found.unknown |= found.unfit
     if not layers:
         return found
     inputs = LayerInputs(
@@ -103,7 +111,7 @@ def expect(
     for layer in layers:
         statistics = inputs.measure(layer)
         if statistics is None:
-            found.unknown[layer.name] = "never executed: no sample reached it"
+            found.unfit[layer.name] = found.unknown[layer.name] = UNREACHED
             continue
         power = output_power(layer, statistics)
         probe, noise = _rounded(layer, calibrated, statistics, weights, activations, found)
@@ -132,7 +140,7 @@ def _unfit(layer: Layer, calibrated: Calibrated) -> str | None:
         return f"{layer.op} of this kind is not estimated"
     seen = calibrated.statistics.get(layer.x.name)
     if seen is None or not seen.count:
-        return "never executed: no sample reached it"
+        return UNREACHED
     return None
 
 
@@ -193,13 +201,27 @@ def _effects(
         rng = np.random.default_rng([seed, len(probes)])
         threads = min(ctx.threads, cores()) or cores()
         effects = expected_effects(
-            adjoint, probes, fitting, powers, rng, threads=threads, progress=advance
+            adjoint,
+            probes,
+            fitting,
+            powers,
+            rng,
+            directions=_directions(model, fitting),
+            threads=threads,
+            progress=advance,
         )
     found.samples["gradients"] = len(fitting)
     if not any(p > 0 for p in powers.values()):
         found.notes.append("no output is a finite floating-point number other than zero")
         return {}, None
     return effects, adjoint
+
+
+def _directions(model: Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> int:
+    """How many directions at the outputs gradients are taken in, of each sample."""
+    shapes = tensor_shapes(model, feeds[0])
+    macs = sum(cost.macs or 0 for cost in layer_costs(model, shapes))
+    return max(1, min(DIRECTIONS, DIRECTION_MACS // max(macs * len(feeds), 1)))
 
 
 def _powers(session: Session, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:

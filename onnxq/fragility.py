@@ -119,20 +119,26 @@ def _reason(
     if layer.gain is not None and median > 0 and layer.gain >= LOUD * median:
         times = layer.gain / median
         carried = f"its noise counts {times:.0f} times as much at the outputs as a usual layer's"
-    if cause and carried:
-        return f"{cause}, and {carried}"
-    if cause or carried:
-        return cause or carried
+    if not cause:
+        cause = _costs_most(layer, "weight" if of_weight else "input", weight, activation)
+        return f"{cause}, and {carried}" if carried else f"{cause}; nothing else stands out"
+    return f"{cause}, and {carried}" if carried else cause
+
+
+def _costs_most(
+    layer: LayerFindings, source: str, weight: Sensitivity | None, activation: Sensitivity | None
+) -> str:
+    """Which rounding costs most, where no cause is known."""
     seen = layer.activation
-    if of_weight or seen is None:
-        source, found = ("weight", weight) if of_weight else ("input", activation)
-        sqnr = None if found is None else found.layer_sqnr_db
-        power = "" if sqnr is None else f", {sqnr:.0f} dB below its output"
-        return f"rounding its {source} costs most{power}; nothing else stands out"
-    return (
-        f"rounding its input costs most, {seen.clip_low:.3g} to {seen.clip_high:.3g} where the"
-        f" typical value is {seen.rms:.3g}; nothing else stands out"
-    )
+    if source == "input" and seen is not None:
+        return (
+            f"rounding its input costs most, {seen.clip_low:.3g} to {seen.clip_high:.3g} where the"
+            f" typical value is {seen.rms:.3g}"
+        )
+    found = weight if source == "weight" else activation
+    sqnr = None if found is None else found.layer_sqnr_db
+    power = "" if sqnr is None else f", {sqnr:.0f} dB below its output"
+    return f"rounding its {source} costs most{power}"
 
 
 def _weight_cause(layer: LayerFindings, written: str, depthwise: bool) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from onnxq.analysis import cost
-from onnxq.analysis.findings import ActivationFindings, Agreement, Compression, LayerFindings
+from onnxq.analysis.findings import ActivationFindings, Agreement, LayerFindings
 from onnxq.analysis.sensitivity import Sensitivity, spearman
 from onnxq.analysis.value_ranges import activation_findings, weight_findings
 from onnxq.calibrated import Calibrated
@@ -20,29 +20,9 @@ from onnxq.model import Layer
 from onnxq.progress import Progress
 from onnxq.trials import Outcome
 
-__all__ = ["Candidate", "agreement", "compressed", "layer_findings", "measured", "totals"]
+__all__ = ["agreement", "layer_findings", "measured", "totals"]
 
 _FLOAT_BITS = 32
-
-
-class Candidate(Protocol):
-    """What a layer may become by compression: what a budget is met with has this form.
-
-    Args:
-        layer: Name of the layer.
-        method: Name of the pass that makes it.
-        ratio: The share that is kept.
-        macs: Multiply-accumulates a sample afterwards.
-        bytes: Bytes of the parameters afterwards.
-        error: Expected squared error of the layer's output, relative to its power.
-    """
-
-    layer: str
-    method: str
-    ratio: float
-    macs: int
-    bytes: int
-    error: float
 
 
 def layer_findings(
@@ -127,32 +107,6 @@ def _with(found: Sensitivity, outcome: Outcome | None) -> Sensitivity:
         return found
     note = "; ".join(filter(None, (found.note, outcome.note)))
     return dataclasses.replace(found, measured=outcome.effect, metric=outcome.metric, note=note)
-
-
-def compressed(
-    layers: Sequence[LayerFindings], candidates: Iterable[Candidate]
-) -> list[LayerFindings]:
-    """The layers with what they may become by compression, and what that does to the outputs."""
-    by_layer: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        by_layer.setdefault(candidate.layer, []).append(candidate)
-    return [
-        dataclasses.replace(
-            layer,
-            compressions=tuple(
-                Compression(
-                    c.method,
-                    c.ratio,
-                    c.macs,
-                    c.bytes,
-                    c.error,
-                    None if layer.gain is None else layer.gain * c.error,
-                )
-                for c in by_layer.get(layer.name, ())
-            ),
-        )
-        for layer in layers
-    ]
 
 
 def agreement(layers: Sequence[LayerFindings]) -> list[Agreement]:

@@ -12,7 +12,7 @@ from typing import cast
 
 import numpy as np
 
-from onnxq.kernels.patches import add_patch_sums, gather_patches
+from onnxq.kernels.patches import add_patch_products, add_patch_sums, gather_patches
 from onnxq.model import Layer
 from onnxq.ops import Window, conv_transpose_window, conv_window
 
@@ -108,6 +108,11 @@ class PatchSource:
         """How many patches an input has."""
         return int(np.prod(self.grid(x)))
 
+    def is_pointwise(self, x: np.ndarray) -> bool:
+        """Whether each place of an input is a patch of its own."""
+        ones = (1,) * len(self.size)
+        return self.size == ones and self.grid(x) == (x.shape[0], *x.shape[2:])
+
     def grid(self, x: np.ndarray) -> tuple[int, ...]:
         """The axes along which patches lie, in order: those of the output, without channels."""
         if self.op == "rows":
@@ -141,6 +146,23 @@ class PatchSource:
             total = np.zeros((x.shape[1], *geometry[0]))
             add_patch_sums(cube, *geometry, total)
         return np.asarray(total.reshape(self.groups, self.columns))
+
+    def products(self, x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """The sum of all patches of channels that groups have to themselves, weighed.
+
+        Args:
+            x: The input, float32, as many channels as groups.
+            weights: What each patch is multiplied by, float32 [N, G * R, *positions].
+
+        Returns:
+            float64 [G, R, K].
+        """
+        cube, geometry = self._unfolding(x)
+        shape = (x.shape[0], self.groups, -1, *geometry[4])
+        by = np.ascontiguousarray(weights, np.float32).reshape(shape)
+        total = np.zeros((self.groups, by.shape[2], *geometry[0]))
+        add_patch_products(cube, by, *geometry, total)
+        return total.reshape(*total.shape[:2], self.columns)
 
     def _on(self, spatial: tuple[int, ...]) -> Window:
         attrs: Mapping[str, object] = dict(self.window)

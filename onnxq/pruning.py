@@ -84,7 +84,11 @@ def candidates(
 
 
 def trial(
-    model: Model, group: Group, statistics: Mapping[str, SecondOrder], channels: int
+    model: Model,
+    group: Group,
+    statistics: Mapping[str, SecondOrder],
+    channels: int,
+    order: np.ndarray | None = None,
 ) -> Model:
     """A copy of the model that computes what it will with a group cut to so many channels.
 
@@ -96,9 +100,12 @@ def trial(
         group: One of its groups.
         statistics: Those that `candidates` takes.
         channels: How many are kept.
+        order: Its classes as `order_by_error` gives them, where that is known already.
     """
     copy = model.clone()
-    order, _ = order_by_error(group, statistics, channels)
+    if order is None:
+        order, _ = order_by_error(group, statistics, channels)
+    order = order[: group.classes.size - channels]
     twins = {layer.name: layer for layer in copy.layers()}
     for side in group.readers:
         layer, known = twins[side.layer.name], statistics[side.layer.name]

@@ -45,6 +45,8 @@ def measure(
     samples: int = 64,
     tried: int = 8,
     patches: int = 8192,
+    statistics: Mapping[str, SecondOrder] | None = None,
+    points: int = 0,
 ) -> Sensitivities:
     """What each layer of a model may become, and what that does.
 
@@ -58,6 +60,9 @@ def measure(
         tried: How many of them, an eighth at most, are left out of the statistics: the effect of
             each layer's error is measured on these.
         patches: Patches drawn per layer, about.
+        statistics: Second-order statistics by layer, where they are known already: of the same
+            samples less those that are left out, in halves.
+        points: Ranks that are looked at of each layer and way, about; 0 for all.
     """
     plain = Session(model.to_proto(), threads=ctx.threads)
     known_by, feeds = apart([*ctx.spread(plain, samples)], tried)
@@ -80,8 +85,7 @@ def measure(
         else:
             ways[node.name] = [s for s, why in zip(splits, reasons, strict=True) if why is None]
     wanted = [layers[name] for name in ways]
-    statistics = {}
-    if wanted:
+    if statistics is None and wanted:
         statistics = moments(
             model, wanted, ctx, rng=rng, samples=known_by, patches=patches, halves=True
         )
@@ -89,12 +93,14 @@ def measure(
     outputs = [plain.run(feed) for feed in feeds]
     with ctx.progress.task("sensitivity of layers", len(ways)) as advance:
         for name, possible in ways.items():
-            if name not in statistics:
+            if statistics is None or name not in statistics:
                 refused[name] = "no sample reached it"
                 continue
             layer, known, macs = layers[name], statistics[name], costs[name].macs or 0
             widening = _widening(layer, shapes)
-            each = [(s, c) for s in possible for c in s.candidates(layer, known, macs, widening)]
+            each = [
+                (s, c) for s in possible for c in s.candidates(layer, known, macs, widening, points)
+            ]
             split, tried_on = min(each, key=lambda pair: abs(pair[1].macs - _TRIED * macs))
             trial = _trial(model, layer, known, split, tried_on.rank_or_channels)
             effect = output_error(Session(trial.to_proto(), threads=ctx.threads), feeds, outputs)

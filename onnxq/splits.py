@@ -67,7 +67,12 @@ class Split(ABC):
         return min(ranks, key=lambda rank: abs(rank - wanted))
 
     def candidates(
-        self, layer: Layer, statistics: SecondOrder, macs: int, widening: float = 1.0
+        self,
+        layer: Layer,
+        statistics: SecondOrder,
+        macs: int,
+        widening: float = 1.0,
+        points: int = 0,
     ) -> list[Candidate]:
         """What a layer costs and loses at each rank, from what it reads in the float model.
 
@@ -76,9 +81,11 @@ class Split(ABC):
             statistics: Of its input.
             macs: Multiply-accumulates of the layer.
             widening: Columns of its input for each column of its output.
+            points: Ranks that are looked at, about; 0 for all.
         """
         moment = trusted_moment(layer, statistics)[0]
         ranks, weights = self.ranks(layer), self.weights(layer)
+        ranks = ranks[:: max(1, -(-len(ranks) // points))] if points else ranks
         bias = 0 if layer.bias is None else layer.bias.nbytes
         each = macs / layer.weight.size * self._macs_per_position(layer, widening)
         return [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from onnxq.analysis.error import OutputError
-from onnxq.analysis.findings import Analysis, LayerFindings
+from onnxq.analysis.findings import SPARED, Analysis, LayerFindings
 from onnxq.analysis.latency import WARM_UP, Latency
 from onnxq.analysis.sensitivity import decibel
 from onnxq.comparison import Comparison
@@ -44,8 +44,8 @@ _PURPOSES = {
 }
 # Refusals listed one by one before the rest is counted.
 LISTED = 8
-# The most fragile layers, and the greatest losses along the graph.
-FRAGILE, DROPS = 5, 3
+# The most fragile layers, the cheapest to compress, and the greatest losses along the graph.
+FRAGILE, CHEAP, DROPS = 5, 5, 3
 
 
 def summary(report: Report, source: Path, destination: Path) -> None:
@@ -246,6 +246,7 @@ def analysis(result: Analysis) -> None:
     for tensor in (t for t in result.tensors if t.name in result.model["output_names"]):
         found = tensor.sqnr_db if tensor.written_sqnr_db is None else tensor.written_sqnr_db
         echo(f"all quantized, to nearest: output {tensor.name} {_number(found, '.1f')} dB")
+    _cheap(result)
     for same in result.agreement:
         echo(
             f"expected and measured, {same.part} {same.format}: rank correlation"
@@ -257,6 +258,28 @@ def analysis(result: Analysis) -> None:
         echo(f"all quantized but {layer.name}: {_number(sqnr, '.1f')} dB")
     for note in result.notes:
         echo(f"note: {note}")
+
+
+def _cheap(result: Analysis) -> None:
+    """What compression spares most where it costs little."""
+    if not any(layer.compressions for layer in result.layers):
+        return
+    floor = decibel(SPARED)
+    if not result.cheap:
+        echo(f"no layer is cheap to compress: none keeps {floor:.0f} dB at the outputs")
+        return
+    table = _table("cheap to compress", "by", "keeps", "saves", "output dB")
+    for found in result.cheap[:CHEAP]:
+        others = len(found.layers) - 1
+        more = f" and {others} more" if others else ""
+        table.add_row(
+            f"{found.layers[0]}{more}",
+            found.method,
+            f"{found.kept:.0%}",
+            f"{found.saved / result.totals['macs']:.1%}",
+            f"{decibel(found.effect):.1f}" if found.effect > 0 else "no error",
+        )
+    _print(table)
 
 
 def _advice(layers: Sequence[LayerFindings]) -> None:

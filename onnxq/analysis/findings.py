@@ -10,6 +10,7 @@ from typing import Any
 from onnxq.analysis.sensitivity import Part, Sensitivity
 
 __all__ = [
+    "SPARED",
     "ActivationFindings",
     "Advice",
     "Agreement",
@@ -21,6 +22,9 @@ __all__ = [
     "TensorFindings",
     "WeightFindings",
 ]
+
+# Error of the outputs at which a layer counts as cheap to compress: 20 dB.
+SPARED = 0.01
 
 
 @dataclass(frozen=True)
@@ -127,23 +131,38 @@ class Advice:
 
 @dataclass(frozen=True)
 class Compression:
-    """What a layer may become by compression.
+    """What a layer may become by compression, alone or with layers that it is tied to.
 
     Args:
         method: Name of the pass that makes it.
-        ratio: The share that is kept.
+        layers: The layers that change; costs are theirs together.
+        ratio: The share that is kept, of weights or of channels, as the pass takes it.
         macs: Multiply-accumulates a sample afterwards.
+        whole_macs: Multiply-accumulates a sample as the layers are.
         bytes: Bytes of the parameters afterwards.
-        error: Expected squared error of the layer's output, relative to its power.
-        effect: The same of the model's outputs; None where the layer's gain is not known.
+        error: Expected squared error of the outputs of the layers, or of those that read them,
+            relative to their power.
+        effect: The same of the model's outputs, as a trial on held-out samples tells.
     """
 
     method: str
+    layers: tuple[str, ...]
     ratio: float
     macs: int
+    whole_macs: int
     bytes: int
     error: float
-    effect: float | None
+    effect: float
+
+    @property
+    def kept(self) -> float:
+        """The share of the multiply-accumulates that is left."""
+        return self.macs / self.whole_macs if self.whole_macs else 1.0
+
+    @property
+    def saved(self) -> int:
+        """Multiply-accumulates a sample that are spared."""
+        return self.whole_macs - self.macs
 
 
 @dataclass(frozen=True)
@@ -173,6 +192,7 @@ class LayerFindings:
             is quantized, relative to the power of the outputs; None where that was not measured.
         left_in_float_metric: What the caller's metric gave then.
         compressions: What it may become by compression.
+        whole: Method of compression -> why the layer stays whole.
         reason: Why it is fragile, or why that is not known; one sentence.
         advice: What would help; empty where nothing needs to.
     """
@@ -196,6 +216,7 @@ class LayerFindings:
     left_in_float: float | None = None
     left_in_float_metric: float | None = None
     compressions: tuple[Compression, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
     reason: str = ""
     advice: tuple[Advice, ...] = ()
 
@@ -203,6 +224,15 @@ class LayerFindings:
         """What a format of one part costs; None where that was not asked."""
         found = (s for s in self.sensitivities if (s.part, s.format) == (part, written))
         return next(found, None)
+
+    def spared(self, method: str | None = None) -> Compression | None:
+        """What spares most multiply-accumulates at no more than `SPARED` error of the outputs."""
+        found = (
+            c
+            for c in self.compressions
+            if c.effect <= SPARED and c.saved > 0 and method in (None, c.method)
+        )
+        return max(found, key=lambda c: c.saved, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; sensitivities as {part: {format: ...}}."""
@@ -304,6 +334,12 @@ class Analysis:
         """The layers whose effect is known, the most fragile first."""
         known = [layer for layer in self.layers if layer.fragility is not None]
         return sorted(known, key=lambda layer: layer.fragility or 0)
+
+    @property
+    def cheap(self) -> list[Compression]:
+        """What spares most at no more than `SPARED` error, each layer or group of them once."""
+        found = {(c.method, c.layers): c for x in self.layers if (c := x.spared()) is not None}
+        return sorted(found.values(), key=lambda c: -c.saved)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""

@@ -17,6 +17,7 @@ formats.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,7 @@ def expected_effects(
     powers: Mapping[str, float],
     rng: np.random.Generator,
     *,
+    directions: int = 1,
     threads: int = 1,
     progress: Callable[[int], object] = lambda steps: None,
 ) -> dict[str, dict[Hashable, float]]:
@@ -186,6 +188,7 @@ def expected_effects(
         samples: Samples that fit the adjoint.
         powers: Sum of the squares of each output, of the mean sample.
         rng: Draws directions.
+        directions: How many, for each sample.
         threads: Samples that are run side by side.
         progress: Called with 1 after each sample.
 
@@ -197,8 +200,11 @@ def expected_effects(
     scales = dict.fromkeys(adjoint.outputs, 0.0)
     scales |= {n: 1 / math.sqrt(powers[n] * len(alive)) for n in alive}
     signs = np.array([-1.0, 1.0], np.float32)
-    directions = [
-        {n: rng.choice(signs, s) * np.float32(scales[n]) for n, s in adjoint.outputs.items()}
+    drawn = [
+        [
+            {n: rng.choice(signs, s) * np.float32(scales[n]) for n, s in adjoint.outputs.items()}
+            for _ in range(directions)
+        ]
         for _ in samples
     ]
     seen: dict[str, dict[Hashable, list[tuple[float, float]]]] = {
@@ -207,13 +213,16 @@ def expected_effects(
 
     matmul = _matmul()
 
-    def one(index: int) -> dict[str, dict[Hashable, tuple[float, float]]]:
-        runs = adjoint.run(samples[index], directions[index])
-        return {name: _products(wanted[name], g, matmul) for name, g in runs if name in wanted}
+    def one(index: int) -> list[dict[str, dict[Hashable, tuple[float, float]]]]:
+        found = []
+        for direction in drawn[index]:
+            runs = adjoint.run(samples[index], direction)
+            found.append({n: _products(wanted[n], g, matmul) for n, g in runs if n in wanted})
+        return found
 
     with ThreadPoolExecutor(threads) as pool:
         for found in pool.map(one, range(len(samples))):
-            for name, products in found.items():
+            for name, products in (item for row in found for item in row.items()):
                 for key, pair in products.items():
                     seen[name][key].append(pair)
             progress(1)
@@ -243,7 +252,7 @@ def _believed(pairs: np.ndarray) -> float:
     """The mean sum of squares, with the terms between its parts as far as these can be believed.
 
     Args:
-        pairs: Sum of squares, and square of the sum, of each sample, [S, 2].
+        pairs: Sum of squares, and square of the sum, of each sample and direction, [S, 2].
     """
     alone, between = pairs[:, 0], pairs[:, 1] - pairs[:, 0]
     mean = float(between.mean())
@@ -263,9 +272,17 @@ def weight_gradient(probe: Probe, gradient: Gradient, matmul: Session) -> np.nda
     """
     layer, g = probe.layer, gradient.output
     source = PatchSource.of(layer)
-    if source.op != "rows":
-        g = np.moveaxis(g, 1, -1)
     x = np.asarray(gradient.x, np.float32)
+    if source.op != "rows" and source.columns == math.prod(source.size):
+        total = source.products(x, g).astype(np.float32)
+        each = g.sum(axis=(0, *range(2, g.ndim)), dtype=np.float32).reshape(total.shape[:2])
+        return _about_mean(probe, total, each)
+    if source.op == "Conv" and source.is_pointwise(x):
+        turned = np.ascontiguousarray(np.moveaxis(x, 1, -1))  # as the rows of a matrix, all at once
+        x, source = turned, dataclasses.replace(source, op="rows", size=(), window=())
+        g = np.moveaxis(g, 1, -1)
+    elif source.op != "rows":
+        g = np.moveaxis(g, 1, -1)
     g = np.ascontiguousarray(g, np.float32).reshape(source.positions(x), source.groups, -1)
     total = np.zeros((source.groups, g.shape[2], source.columns), np.float32)
     step = max(1, _CHUNK // (4 * source.groups * source.columns))
@@ -274,10 +291,14 @@ def weight_gradient(probe: Probe, gradient: Gradient, matmul: Session) -> np.nda
         patches = np.ascontiguousarray(source.draw(x, picked).transpose(1, 0, 2))
         part = np.ascontiguousarray(g[start : start + step].transpose(1, 2, 0))
         total += matmul.run_shared({"a": part, "b": patches})["y"]
-    if takes_bias(layer):
-        mean = probe.mean.astype(np.float32)
-        total -= g.sum(axis=0)[:, :, None] * mean[:, None, :]
-    return np.asarray(np.float32(_alpha(layer)) * total)
+    return _about_mean(probe, total, g.sum(axis=0))
+
+
+def _about_mean(probe: Probe, total: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    """The gradient [G, R, K] less what a corrected bias, with its gradient [G, R], makes up for."""
+    if takes_bias(probe.layer):
+        total -= gradient[:, :, None] * probe.mean.astype(np.float32)[:, None, :]
+    return np.asarray(np.float32(_alpha(probe.layer)) * total)
 
 
 def _matmul() -> Session:

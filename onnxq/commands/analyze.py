@@ -73,6 +73,13 @@ __all__ = ["analyze"]
     help="Measure on at most N samples.",
 )
 @click.option(
+    "--compression/--no-compression",
+    default=True,
+    show_default=True,
+    help="Also tell what each layer may become by low rank and by fewer channels, and what that"
+    " does to the outputs. It takes longer than all the rest together.",
+)
+@click.option(
     "--resume",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",

@@ -6,16 +6,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from onnxq.analysis.error import LARGEST_SQNR_DB
-from onnxq.analysis.findings import Analysis, LayerFindings
+from onnxq.analysis.findings import Analysis, Compression, LayerFindings
 from onnxq.analysis.sensitivity import decibel
 from onnxq.report import megabytes, millions
 from onnxq.report_page.content import Chart, Column, Content, Fragile, Series, Table, finite
 from onnxq.report_page.layer_charts import points_for
-from onnxq.report_page.layer_detail import detail, noise, remedies, sentence
+from onnxq.report_page.layer_detail import METHODS, SPARED_DB, detail, noise, remedies, sentence
 
 __all__ = ["of_analysis"]
 
-MOST_FRAGILE = 5
+MOST_FRAGILE, MOST_CHEAP = 5, 8
 
 
 def of_analysis(title: str, analysis: Analysis) -> Content:
@@ -79,8 +79,6 @@ def _facts(analysis: Analysis) -> Iterator[tuple[str, str]]:
         unknown = sum(layer.share is None for layer in layers)
         more = f", {unknown} of {len(layers)} layers not known" if unknown else ""
         yield "expected SQNR", f"{expected:.1f} dB{more}"
-    if analysis.samples:
-        yield "samples", ", ".join(f"{n:,} {what}" for what, n in analysis.samples.items())
     if analysis.seconds:
         yield "seconds", f"{sum(analysis.seconds.values()):.1f}"
 
@@ -96,6 +94,16 @@ def _tables(analysis: Analysis) -> Iterator[Table]:
             ],
             about="How alike the expected effects rank the layers as those measured, one layer"
             " quantized at a time (Spearman): 1 is the same order.",
+        )
+    if any(layer.compressions for layer in analysis.layers):
+        yield Table(
+            "Cheap to compress",
+            ("layers", "method", "#keeps", "#saves of all MACs", "#SQNR at the outputs"),
+            [_cheap(c, analysis) for c in analysis.cheap[:MOST_CHEAP]],
+            otherwise=f"No layer can be made smaller with {SPARED_DB} dB left at the outputs.",
+            about=f"What takes off most with {SPARED_DB} dB left at the outputs, each alone: layers"
+            " of lower rank, or channels cut off with all that hangs on them. onnxq compress"
+            " chooses among them and fits what is left.",
         )
     silent = [t for t in analysis.tensors if t.note]
     if silent:
@@ -114,6 +122,20 @@ def _tables(analysis: Analysis) -> Iterator[Table]:
     parts = [(k, f"{v:.2f}") for k, v in analysis.seconds.items()]
     if parts:
         yield Table("Time", ("part", "#seconds"), parts)
+    if analysis.samples:
+        used = [(what, f"{n:,}") for what, n in analysis.samples.items()]
+        yield Table("Samples", ("used for", "#samples"), used)
+
+
+def _cheap(found: Compression, analysis: Analysis) -> tuple[str, ...]:
+    macs = sum(layer.macs or 0 for layer in analysis.layers)
+    return (
+        ", ".join(found.layers),
+        found.method,
+        f"{100 * found.kept:.0f} %",
+        f"{100 * found.saved / macs:.1f} %",
+        f"{decibel(found.effect):.1f} dB" if found.effect > 0 else "no error",
+    )
 
 
 # ---------------------------------------------------------------------- along the graph
@@ -168,6 +190,7 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
             names=[f"{t.name} ({t.op})" if t.op else t.name for t in analysis.tensors],
             layers=[index.get(t.node, -1) for t in analysis.tensors],
         )
+    yield from _savings(layers)
     costs: dict[str, list[int | None]] = {
         "MACs": [layer.macs for layer in layers],
         "bytes": [layer.bytes for layer in layers],
@@ -188,6 +211,36 @@ def _charts(analysis: Analysis, formats: Sequence[tuple[str, str]]) -> Iterator[
         )
 
 
+def _savings(layers: Sequence[LayerFindings]) -> Iterator[Chart]:
+    methods = {c.method for layer in layers for c in layer.compressions}
+    macs = sum(layer.macs or 0 for layer in layers)
+    if methods and macs:
+        yield Chart(
+            "savings",
+            "What compression could save",
+            "Multiply-accumulates that each method could take off here, in per cent of all, with"
+            f" {SPARED_DB} dB left at the outputs if nothing else changes. Pruning cuts channels"
+            " off layers that are tied together, and counts them all at each.",
+            "% of all MACs",
+            tuple(
+                Series(
+                    method,
+                    [_saved(layer, method, macs) for layer in layers],
+                    unit=" %",
+                    role=f"series-{METHODS.index(method)}",
+                )
+                for method in METHODS
+                if method in methods
+            ),
+        )
+
+
+def _saved(layer: LayerFindings, method: str, macs: int) -> float:
+    """MACs that a method may take off, in per cent of all; NaN where it takes off nothing."""
+    found = layer.spared(method)
+    return math.nan if found is None else 100 * found.saved / macs
+
+
 def _columns(analysis: Analysis) -> list[Column]:
     layers = analysis.layers
     rank = [layer.fragility for layer in layers]
@@ -196,12 +249,17 @@ def _columns(analysis: Analysis) -> list[Column]:
         for part, written in (("weights", analysis.weights), ("activations", analysis.activations))
     )
     spread = [layer.weights.spread for layer in layers]
+    compressed = []
+    if any(layer.compressions for layer in layers):
+        about = f"MACs that compression could save, % of the layer's, {SPARED_DB} dB left"
+        compressed = [_numbers("spare %", [_spare(x) for x in layers], "{:.0f}", about)]
     return [
         Column("operator", [layer.op for layer in layers], wide=True),
         _numbers("rank", rank, "{}", "1 is the most fragile"),
         _numbers("noise %", [_share(layer) for layer in layers], "{:.1f}", "Share of the noise"),
         _numbers("weights dB", weights, "{:.1f}", f"SQNR with {analysis.weights}"),
         _numbers("inputs dB", activations, "{:.1f}", f"SQNR with {analysis.activations}"),
+        *compressed,
         _numbers("spread", spread, "{:.1f}", "Largest channel over the median one", wide=True),
         _numbers("MACs", [layer.macs for layer in layers], "{:,}", "A sample", wide=True),
         _numbers("bytes", [layer.bytes for layer in layers], "{:,}", "Stored in float", wide=True),
@@ -237,6 +295,14 @@ def _drawn(sqnr_db: float | None) -> float:
 
 def _share(layer: LayerFindings) -> float:
     return finite(None if layer.share is None else 100 * layer.share)
+
+
+def _spare(layer: LayerFindings) -> float:
+    """MACs that may go, in per cent of those of the layers that change; NaN where not known."""
+    if not layer.compressions:
+        return math.nan
+    found = layer.spared()
+    return 0.0 if found is None else 100 * (1 - found.kept)
 
 
 def _percent(values: Sequence[int | None]) -> list[float]:

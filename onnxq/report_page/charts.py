@@ -28,6 +28,7 @@ from bokeh.models.annotations import Span
 from bokeh.plotting import figure
 
 from onnxq.report_page.content import Chart, Content
+from onnxq.report_page.layer_detail import METHODS, SPARED_DB
 from onnxq.report_page.markup import plain
 
 __all__ = ["DETAILS", "drawn"]
@@ -44,10 +45,9 @@ DETAILS = {
     "values": "Weights",
     "activation": "What it reads, and the range that was chosen",
     "channels": "What it reads, per channel",
-    "formats": "SQNR at the outputs, by format: bars expected, diamonds measured",
-    "curves": "Error against what is kept",
+    "formats": "SQNR at the outputs, by format",
+    "curves": "Compressed: SQNR at the outputs by the MACs that are kept",
 }
-METHODS = 6
 
 
 def drawn(content: Content) -> dict[str, Any]:
@@ -220,15 +220,16 @@ def _formats(formats: Sequence[str]) -> figure:
 
 
 def _curves() -> figure:
-    plot = _figure("detail-curves", x_axis_label="share of MACs that is kept", y_axis_label="error")
-    for index in range(METHODS):
+    plot = _figure("detail-curves", x_axis_label="% of MACs kept", y_axis_label="SQNR dB")
+    plot.add_layout(Span(dimension="width", location=SPARED_DB, name="spared", line_dash="dotted"))
+    for index in range(len(METHODS)):
         source = ColumnDataSource(
-            {k: [] for k in ("ratio", "error", "method")}, name=f"detail-curve{index}"
+            {k: [] for k in ("kept", "sqnr", "method")}, name=f"detail-curve{index}"
         )
-        line = plot.line(x="ratio", y="error", source=source, line_width=2)
-        mark = plot.scatter(x="ratio", y="error", source=source, marker=MARKERS[index], size=7)
+        line = plot.line(x="kept", y="sqnr", source=source, line_width=2)
+        mark = plot.scatter(x="kept", y="sqnr", source=source, marker=MARKERS[index], size=7)
         line.tags = mark.tags = [f"series-{index}"]
-        tips = [("method", "@method"), ("kept", "@ratio{0.00}"), ("error", "@error{0.0000}")]
+        tips = [("method", "@method"), ("kept", "@kept{0} %"), ("SQNR", "@sqnr{0.0} dB")]
         plot.add_tools(HoverTool(renderers=[mark], tooltips=tips))
     return plot
 

@@ -8,13 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from onnxq.analysis.findings import Advice, Compression, LayerFindings, WeightFindings
+from onnxq.analysis.error import LARGEST_SQNR_DB
+from onnxq.analysis.findings import SPARED, Advice, LayerFindings, WeightFindings
 from onnxq.analysis.sensitivity import Sensitivity, decibel
 from onnxq.analysis.weight_ranges import ChannelRanges
 from onnxq.report_page.content import Detail, Remedy, finite
 from onnxq.report_page.layer_charts import activation, histogram, outlying, per_channel, reads
 
-__all__ = ["detail", "noise", "remedies", "sentence"]
+__all__ = ["METHODS", "SPARED_DB", "detail", "noise", "remedies", "sentence"]
+
+# What layers that are cheap to compress keep at the outputs.
+SPARED_DB = round(-10 * math.log10(SPARED))
+# The methods of compression, each with a colour of its own.
+METHODS = ("spatial-svd", "weight-svd", "channel-pruning")
 
 
 def detail(layer: LayerFindings, points: int) -> Detail:
@@ -32,8 +38,8 @@ def detail(layer: LayerFindings, points: int) -> Detail:
         why = "what it reads is not known" if layer.executed else "no sample reached this layer"
         charts["activation"] = {"text": why}
     charts["formats"] = _by_format(layer.sensitivities)
-    if layer.compressions:
-        charts["curves"] = _curves(layer.compressions)
+    if layer.compressions or layer.whole:
+        charts["curves"] = _curves(layer)
     facts = tuple(_layer_facts(layer))
     return Detail(facts, _why(layer), remedies(layer.advice), charts)
 
@@ -79,6 +85,8 @@ def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
         for found in ([s.effect for s in rows], [s.measured for s in rows])
     )
     known = [f"{n} {e:.1f} dB" for n, e in zip(names, expected, strict=True) if e is not None]
+    if any(v is not None for v in measured):
+        known.append("diamonds: as measured")
     return {
         "text": ", ".join(known),
         "names": names,
@@ -87,12 +95,29 @@ def _by_format(sensitivities: Sequence[Sensitivity]) -> dict[str, Any]:
     }
 
 
-def _curves(compressions: Sequence[Compression]) -> dict[str, Any]:
-    methods: dict[str, list[list[float]]] = {c.method: [] for c in compressions}
-    for c in sorted(compressions, key=lambda c: c.ratio):
-        if math.isfinite(c.error):
-            methods[c.method].append([round(c.ratio, 4), float(f"{c.error:.4g}")])
-    return {"text": ", ".join(methods), "methods": methods}
+def _curves(layer: LayerFindings) -> dict[str, Any]:
+    """SQNR at the outputs against the MACs that are kept, in per cent, by method."""
+    methods: dict[str, list[list[float]]] = {method: [] for method in METHODS}
+    for c in sorted(layer.compressions, key=lambda c: c.macs):
+        sqnr = decibel(c.effect)
+        if sqnr is not None and sqnr < LARGEST_SQNR_DB:
+            methods[c.method].append([round(100 * c.kept, 1), round(sqnr, 1)])
+    words = [
+        _spared(layer, method) for method in dict.fromkeys(c.method for c in layer.compressions)
+    ]
+    words += [f"{method}: no, {why}" for method, why in layer.whole.items()]
+    drawn = {"methods": methods} if any(methods.values()) else {}
+    return {"text": "; ".join(words)} | drawn
+
+
+def _spared(layer: LayerFindings, method: str) -> str:
+    """What a method may take off at no more than a small error, in words."""
+    found = layer.spared(method)
+    if found is None:
+        return f"{method}: nothing can go with {SPARED_DB} dB left"
+    others = len(found.layers) - 1
+    tied = f", of this layer and {others} tied to it" if others else ""
+    return f"{method}: {100 * (1 - found.kept):.0f} % can go with {SPARED_DB} dB left{tied}"
 
 
 def noise(layer: LayerFindings) -> str:

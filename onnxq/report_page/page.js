@@ -26,7 +26,7 @@ function paint() {
     for (const part of plot.center) {
       if ("grid_line_color" in part.properties) part.grid_line_color = line;
       else if (part.name === "chosen") part.line_color = text;
-      else if (part.name === "zero") part.line_color = colour("zero");
+      else if (part.name === "zero" || part.name === "spared") part.line_color = colour("zero");
       else if (part.name?.startsWith("clip")) part.line_color = colour("series-4");
     }
     for (const mark of plot.renderers) {
@@ -91,17 +91,20 @@ const draw = {
   },
   curves(chart) {
     const methods = Object.entries(chart.methods);
-    const errors = methods.flatMap(([, points]) => points.map((p) => p[1]));
-    extent("curves", "x", 0, 1.02);
-    extent("curves", "y", 0, Math.max(...errors) * 1.05 || 1);
-    byId("detail-curves").querySelector(".says").replaceChildren(...methods.map(([method], i) => {
+    const found = methods.flatMap(([, points]) => points.map((p) => p[1]));
+    extent("curves", "x", 0, 102);
+    extent("curves", "y", Math.min(0, ...found) - 1, Math.max(25, ...found) + 2);
+    const says = byId("detail-curves").querySelector(".says");
+    const keys = methods.flatMap(([method, points], i) => {
+      if (!points.length) return [];
       const key = element("span", undefined, "key");
       key.append(element("span", undefined, `swatch series-${i}`), `${method} `);
-      return key;
-    }));
+      return [key];
+    });
+    says.append(element("br"), ...keys);
     for (let i = 0; state.sources.has(`detail-curve${i}`); i++) {
       const [method, points] = methods[i] ?? ["", []];
-      fill(`detail-curve${i}`, { ratio: points.map((p) => p[0]), error: points.map((p) => p[1]),
+      fill(`detail-curve${i}`, { kept: points.map((p) => p[0]), sqnr: points.map((p) => p[1]),
         method: points.map(() => method) });
     }
   },

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxq.kernels.patches import add_patch_sums, gather_patches
+from onnxq.kernels.patches import add_patch_products, add_patch_sums, gather_patches
 
 
 def windows(x, size, strides, begin, end, dilations):
@@ -52,6 +52,21 @@ def test_sums_and_patches_are_those_of_sliding_windows(geometry, samples, channe
     got = np.empty((9, channels * int(np.prod(size))), np.float32)
     gather_patches(x, size, strides, begin, dilations, positions, picked, got)
     np.testing.assert_array_equal(got, wanted[picked].reshape(9, -1))
+
+
+@given(geometries(), st.integers(1, 2), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
+def test_products_are_sums_of_weighed_windows(geometry, samples, channels, rows, seed):
+    length, size, strides, begin, end, dilations = geometry
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(samples, channels, *length)).astype(np.float32)
+    patches, positions = windows(x, size, strides, begin, end, dilations)
+    weights = rng.normal(size=(samples, channels, rows, *positions)).astype(np.float32)
+    by = weights.reshape(samples, channels, rows, -1)
+    patches = patches.reshape(samples, -1, channels, *size)
+    total = np.full((channels, rows, *size), 7.0)
+    add_patch_products(x, weights, size, strides, begin, dilations, positions, total)
+    wanted = 7.0 + np.einsum("ncrp,npcxyz->crxyz", by.astype(np.float64), patches)
+    np.testing.assert_allclose(total, wanted, atol=1e-4)
 
 
 def test_sums_add_up_over_batches():

@@ -2,11 +2,11 @@
 
 import json
 import shlex
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
 from onnx import helper, numpy_helper
@@ -22,6 +22,12 @@ TEXT = (
     "g (float[N,3,8,8] x) => (float[] y)"
     "<float[8,3,3,3] w, float[8] b, float[8,1,3,3] u, float[5,8,1,1] v>"
     "{ c = Conv(x, w, b) r = Relu(c) d = Conv<group=8>(r, u) s = Relu(d) y = Conv(s, v) }"
+)
+CHAIN = (
+    "g (float[N,3,8,8] x) => (float[] y)"
+    "<float[32,3,3,3] w, float[32,32,3,3] u, float[32,32,3,3] v>"
+    "{ c = Conv<pads=[1,1,1,1]>(x, w) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, u) s = Relu(d)"
+    " y = Conv(s, v) }"
 )
 
 
@@ -155,30 +161,80 @@ def test_commands_run_as_they_are_shown(tmp_path):
         assert ran.exit_code == 0, ran.output
 
 
-@dataclass(frozen=True)
-class Half:
-    """A candidate of some compression."""
-
-    layer: str
-    method: str = "half"
-    ratio: float = 0.5
-    macs: int = 10
-    bytes: int = 20
-    error: float = 0.01
+def by_method(layer):
+    found = {}
+    for c in layer.compressions:
+        found.setdefault(c.method, []).append(c)
+    return found
 
 
-def test_candidates_of_compression_have_effects():
+@pytest.fixture(scope="module")
+def smaller():
+    """A model half of whose first channels are dead, and whose middle layer has little rank."""
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(32, 3, 3, 3)).astype(np.float32)
+    w[16:] = 0
+    u = np.einsum("or,rckl->ockl", rng.normal(size=(32, 8)), rng.normal(size=(8, 32, 3, 3)))
+    v = rng.normal(size=(32, 32, 3, 3)).astype(np.float32)
+    proto = names(parse(CHAIN, w=w, u=u.astype(np.float32) / 20, v=v), "first", "low", "last")
+    return proto, onnxq.analyze(onnxq.load(proto), feeds(proto, 32))
+
+
+def test_what_layers_may_become(smaller):
+    _, smaller = smaller
+    first, low, last = (by_method(layer) for layer in smaller.layers)
+    # dead channels cost nothing; they are of two layers together
+    half = next(c for c in first["channel-pruning"] if c.ratio == 0.5)
+    assert half.layers == ("first", "low")
+    assert half.effect < 1e-5
+    assert half.kept == pytest.approx(0.5)
+    assert half.whole_macs == smaller.layers[0].macs + smaller.layers[1].macs
+    less = next(c for c in first["channel-pruning"] if c.ratio == 0.25)
+    assert less.effect > 1e-2
+    # a rank of 8 of 32 is all that there is
+    rank = {round(c.ratio * 9 * 32 * 32 / (9 * 32 + 32)): c for c in low["weight-svd"]}
+    assert min(rank) == 8
+    assert rank[8].effect < 1e-5
+    assert rank[8].layers == ("low",)
+    # the last one has full rank, and its outputs are the model's
+    assert smaller.layers[2].whole == {"channel-pruning": "y is an output of the model"}
+    errors = [c.error for c in last["spatial-svd"]]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] > 0.05
+
+
+def test_effects_of_compression_are_near_the_least_that_a_rank_can_cost(smaller):
+    """Of the layer that makes the output: the power outside of its principal directions."""
+    proto, result = smaller
+    session = ort.InferenceSession(proto.SerializeToString())
+    made = np.concatenate([session.run(None, feed)[0] for feed in feeds(proto, 32)])
+    rows = made.transpose(0, 2, 3, 1).reshape(-1, 32).astype(np.float64)
+    powers = np.linalg.eigvalsh(np.cov(rows.T, bias=True))
+    for c in by_method(result.layers[2])["weight-svd"]:
+        rank = round(c.ratio * 9 * 32 * 32 / (9 * 32 + 32))
+        least = powers[: 32 - rank].sum() / np.square(rows).mean(axis=0).sum()
+        assert 0.8 * least < c.effect < 1.6 * least
+
+
+def test_what_is_cheap_is_told(smaller):
+    _, smaller = smaller
+    best = smaller.cheap[0]
+    assert best.saved == max(c.saved for layer in smaller.layers for c in [layer.spared()] if c)
+    assert all(c.effect <= 0.01 for c in smaller.cheap)
+    keys = [(c.method, c.layers) for c in smaller.cheap]
+    assert len(keys) == len(set(keys))
+    first = plain(smaller)["layers"][0]["compressions"][0]
+    assert {*first} == {
+        *("method", "layers", "ratio", "macs", "whole_macs", "bytes", "error", "effect")
+    }
+
+
+def test_compression_can_be_left_out():
     proto = net()
-    result = onnxq.analyze(
-        onnxq.load(proto),
-        feeds(proto, 32),
-        candidates=lambda model, ctx: [Half("last"), Half("other")],
-    )
-    (found,) = result.layers[2].compressions
-    assert found.effect == pytest.approx(0.01 * result.layers[2].gain)
-    # the last layer is the output: its relative noise is that of the output
-    assert result.layers[2].gain == pytest.approx(1, rel=0.3)
-    assert result.layers[0].compressions == ()
+    result = onnxq.analyze(onnxq.load(proto), feeds(proto), compression=False)
+    assert not any(layer.compressions or layer.whole for layer in result.layers)
+    assert "compression" not in result.seconds
+    assert result.cheap == []
 
 
 def test_the_same_seed_gives_the_same_result():

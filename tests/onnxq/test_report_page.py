@@ -392,14 +392,39 @@ def test_what_is_not_known_is_said():
     assert "no layers" in nothing
 
 
-def test_curves_of_compression():
-    made = [("svd", 0.5, 0.04), ("svd", 0.25, 0.16), ("pruning", 0.5, float("nan"))]
-    curves = tuple(Compression(m, r, 10, 10, e, None) for m, r, e in made)
-    second = dataclasses.replace(analyses.layer("b", 0.25, 2), compressions=curves)
-    text = analysis_page(analyses.analysis([analyses.layer("a", 0.75, 1), second]))
-    first, second = (d["charts"] for d in unpacked(text)["layers"])
-    assert "curves" not in first
-    assert second["curves"]["methods"] == {"svd": [[0.25, 0.16], [0.5, 0.04]], "pruning": []}
+def compressions(name):
+    made = [("weight-svd", 50, 0.01), ("weight-svd", 25, 0.1), ("channel-pruning", 50, 0.1)]
+    return tuple(
+        Compression(
+            m, (name,) if m == "weight-svd" else (name, "b"), macs / 100, macs, 100, 10, e, e
+        )
+        for m, macs, e in made
+    )
+
+
+def test_curves_and_savings_of_compression():
+    first = dataclasses.replace(
+        analyses.layer("a", 0.75, 1),
+        macs=100,
+        compressions=compressions("a"),
+        whole={"spatial-svd": "its window is 1 x 1"},
+    )
+    second = dataclasses.replace(analyses.layer("b", 0.25, 2), macs=300)
+    text = analysis_page(analyses.analysis([first, second]))
+    drawn, none = (d["charts"] for d in unpacked(text)["layers"])
+    assert drawn["curves"]["methods"] == {
+        "spatial-svd": [],
+        "weight-svd": [[25.0, 10.0], [50.0, 20.0]],
+        "channel-pruning": [[50.0, 10.0]],
+    }
+    assert drawn["curves"]["text"] == (
+        "weight-svd: 50 % can go with 20 dB left; channel-pruning: nothing can go with 20 dB left;"
+        " spatial-svd: no, its window is 1 x 1"
+    )
+    assert "curves" not in none
+    page = Page(text)
+    assert page.row("a")[-4:-3] == ["50"]
+    assert "12.5 %" in text
 
 
 def test_names_in_an_analysis_are_text():
