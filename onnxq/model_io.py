@@ -210,4 +210,4 @@ def _check(path: Path, proto: onnx.ModelProto) -> None:
 
 
 def _is_tensor(info: onnx.ValueInfoProto) -> bool:
-    return info.type.WhichOneof("value") == "tensor_type"
+    return str(info.type.WhichOneof("value")) == "tensor_type"
