@@ -51,7 +51,28 @@ def convert(given: onnx.ModelProto, old: int, version: int) -> onnx.ModelProto:
                     raise _unable(old, version, why)
                 modes["nearest_mode"] = nearest
             node.attribute.extend(helper.make_attribute(k, v) for k, v in modes.items())
+        _type_limits(proto)
     return proto
+
+
+def _type_limits(proto: onnx.ModelProto) -> None:
+    """Give the limits of Clip, attributes before operator set 11, the type of what is clipped."""
+    clips = [n for n in proto.graph.node if n.op_type == "Clip"]
+    if not clips:
+        return
+    known = onnx.shape_inference.infer_shapes(proto).graph
+    infos = (*known.input, *known.value_info, *known.output)
+    types = {i.name: i.type.tensor_type.elem_type for i in infos}
+    types |= {t.name: t.data_type for t in proto.graph.initializer}
+    made = {n.output[0]: n for n in _nodes(proto, "Constant")}
+    for node in clips:
+        wanted = types.get(node.input[0])
+        for limit in (made[name] for name in node.input[1:] if name in made):
+            for value in (a for a in limit.attribute if a.name == "value"):
+                if wanted not in (None, 0, value.t.data_type):
+                    array = numpy_helper.to_array(value.t)
+                    dtype = helper.tensor_dtype_to_np_dtype(wanted)
+                    value.t.CopyFrom(numpy_helper.from_array(array.astype(dtype)))
 
 
 def _restore_names(old: onnx.GraphProto, new: onnx.GraphProto) -> None:

@@ -39,16 +39,16 @@ def case_of(proto):
 def test_each_oddity(name):
     seed = zlib.crc32(name.encode()) % 1000
     verdict = sound(
-        case_of(graphs.graph(seed, opset=17, dtype=np.float32, odd=(name,))), "quantize"
+        case_of(graphs.graph(seed, opset=17, dtype=np.float32, odd=(name,), free=False)), "quantize"
     )
-    assert verdict.outcome in ("quantized", "refused")
+    assert verdict.outcome in ("quantized", "nothing to quantize", "refused")
 
 
 @pytest.mark.parametrize("opset", graphs.OPSETS)
 def test_each_operator_set(opset):
     verb = (*VERBS,)[opset % len(VERBS)]
     odd = ("movement", "upsampling")
-    proto = graphs.graph(opset, opset=opset, dtype=np.float32, odd=odd)
+    proto = graphs.graph(opset, opset=opset, dtype=np.float32, odd=odd, free=False)
     verdict = sound(case_of(proto), verb)
     assert verdict.outcome in ("quantized", "compressed", "told")
 
@@ -59,7 +59,7 @@ def test_shipped_models(name, verb):
     sound(named(name), verb)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(
     st.integers(0, 2**20),
     st.sampled_from(graphs.OPSETS),
@@ -67,7 +67,7 @@ def test_shipped_models(name, verb):
     st.sampled_from([*VERBS]),
 )
 def test_any_graph(seed, opset, odd, verb):
-    sound(case_of(graphs.graph(seed, opset=opset, odd=tuple(odd))), verb)
+    sound(case_of(graphs.graph(seed, opset=opset, odd=tuple(odd), free=False)), verb)
 
 
 # ---------------------------------------------------------------------- the judge

@@ -210,3 +210,12 @@ def test_models_without_standard_operators(tmp_path):
     found = outcomes(helper.make_model(graph, opset_imports=[opset], ir_version=8), tmp_path)
     assert found["quantize"] == "nothing to quantize: "
     assert found["doctor"] == "told: "
+
+
+def test_limits_of_halves_stay_halves_when_clip_is_converted():
+    text = """
+    g (float16[N,3] x) => (float16[N,3] y) { r = Relu(x)  y = Clip<min = 0.25, max = 2.0>(r) }"""
+    proto = models.parse(text, opset=9)
+    after = onnxq.load(proto)
+    after.raise_opset(13)
+    assert_same_function(proto, after, tol=0)

@@ -30,6 +30,7 @@ def graph(
     opset: int | None = None,
     dtype: type | None = None,
     odd: tuple[str, ...] | None = None,
+    free: bool = True,
 ) -> onnx.ModelProto:
     """A model from a seed.
 
@@ -38,6 +39,7 @@ def graph(
         opset: Version of the standard operator set.
         dtype: float32, float64 or float16.
         odd: Names of oddities.
+        free: Whether pictures may be of any size.
     """
     rng = np.random.default_rng([seed, 17])
     version = int(rng.choice(OPSETS)) if opset is None else opset
@@ -46,7 +48,7 @@ def graph(
     chosen = rng.choice([s.__name__ for s in ODDITIES], int(rng.integers(1, 5)), replace=False)
     names = {*chosen} if odd is None else {*odd}
     build = Builder(rng, version, kind if dtype is None else dtype)
-    _start(build, free="attention" not in names)  # which is large where pictures are
+    _start(build, free=free and "attention" not in names)  # large where pictures are
     extra = [s for s in oddities.STEPS if s.__name__ in names]
     plain = DENSE if build.dtype == np.float64 else PLAIN  # onnxruntime has no Conv of doubles
     steps: list[Step] = [*rng.choice(np.array(plain, object), int(rng.integers(1, 6)))]

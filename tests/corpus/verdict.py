@@ -31,7 +31,7 @@ FLOAT_DB = 70.0
 # What is left out must be less than what stays.
 COMPRESSED_DB = 0.0
 # Samples made up for a model that comes without.
-MADE_UP = 16
+MADE_UP = 8
 
 LEVELS = (
     ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
