@@ -198,7 +198,7 @@ class Ends:
         node = readers[0]
         if node.op != "Min" or len(node.inputs) != 2 or node.inputs[0] is not tensor:
             return None
-        if self._model.is_output(tensor) or id(node) not in self._main or node.name in self._left:
+        if self._model.is_output(tensor) or self._model.is_nested(node) or node.name in self._left:
             return None
         bounds = node.inputs[1]
         if not isinstance(bounds, gs.Constant) or tensor.shape is None:
