@@ -94,8 +94,8 @@ def judge(case: Case, verb: str, folder: Path) -> Verdict:
         verdict = error.verdict
     except Exception as error:
         verdict = Verdict("traceback", _line(error), traceback.format_exc())
-    if verdict.outcome == "refused" and reference.session is not None and _broke(verdict.why):
-        verdict = Verdict("invalid", f"onnxruntime takes the model, but: {verdict.why}")
+    if verdict.outcome == "refused" and _broke(verdict.why) and reference.runs():
+        verdict = Verdict("invalid", f"onnxruntime runs the model, but: {verdict.why}")
     left = {n: d for n, d in _digests(folder).items() if n != "out.onnx"}
     if left != before:
         verdict = Verdict("changed", f"files before {sorted(before)}, after {sorted(left)}")
@@ -135,6 +135,16 @@ class _Reference:
         self.given = [f for f in case.feeds() if f] if self.session else []
         names = {i.name for i in self.session.get_inputs()} if self.session else set()
         self.given = [{n: a for n, a in f.items() if n in names} for f in self.given]
+
+    def runs(self) -> bool:
+        """Whether onnxruntime runs the float model: it may take one that it cannot run."""
+        if self.session is None:
+            return False
+        try:
+            self.session.run(None, self.feeds()[0])
+        except Exception:
+            return False
+        return True
 
     def feeds(self) -> list[Feed]:
         """What models are compared on: the samples that were given, or more that are made up."""

@@ -35,11 +35,11 @@ from onnxq import api
 def samples():
     draw = np.random.default_rng(0)
     for _ in range(int(sys.argv[2])):
-        yield {"image": draw.random((1, 1, 8, 8), np.float32)}
+        yield {"input": draw.random((1, 1, 8, 8), np.float32)}
 
 for count in (64, int(sys.argv[2])):  # the first loads what there is to load
     sys.argv[2] = count
-    api.quantize(sys.argv[1], None, samples, threads=2)
+    api.run("default", sys.argv[1], None, samples, threads=2)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -80,7 +80,7 @@ def test_a_model_of_more_than_2_gb_from_end_to_end(tmp_path):
         np.savez(samples / f"{i}.npz", x=x)
     facts = tmp_path / "facts.json"
     run("quantize", source, small, "--calib", samples, "--recipe", "minmax", "--json", facts)
-    bytes_ = json.loads(facts.read_text())["facts"]["bytes"]
+    bytes_ = json.loads(facts.read_text())["bytes"]
     assert bytes_["before"] > 1 << 31
     assert bytes_["after"] == pytest.approx(bytes_["before"] / 4, rel=0.01)
     run("inspect", source, "--json", facts)
