@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxq.analysis.adjoint import Adjoint, Gradient
+from onnxq.analysis.adjoint import Adjoint, Gradient, directions
 from onnxq.analysis.error import LARGEST_SQNR_DB
 from onnxq.encoding import Encoding
 from onnxq.layer import Layer
@@ -193,14 +193,7 @@ def expected_effects(
         Layer -> key -> effect; layers that no output depends on are missing.
     """
     wanted = {p.layer.name: p for p in probes if p.layer.name in adjoint.layers}
-    alive = [n for n in adjoint.outputs if powers.get(n, 0.0) > 0]
-    scales = dict.fromkeys(adjoint.outputs, 0.0)
-    scales |= {n: 1 / math.sqrt(powers[n] * len(alive)) for n in alive}
-    signs = np.array([-1.0, 1.0], np.float32)
-    directions = [
-        {n: rng.choice(signs, s) * np.float32(scales[n]) for n, s in adjoint.outputs.items()}
-        for _ in samples
-    ]
+    seeds = directions(adjoint, powers, len(samples), rng)
     seen: dict[str, dict[Hashable, list[tuple[float, float]]]] = {
         name: {key: [] for key in (*p.errors, *p.roundings)} for name, p in wanted.items()
     }
@@ -208,7 +201,7 @@ def expected_effects(
     matmul = _matmul()
 
     def one(index: int) -> dict[str, dict[Hashable, tuple[float, float]]]:
-        runs = adjoint.run(samples[index], directions[index])
+        runs = adjoint.run(samples[index], seeds[index])
         return {name: _products(wanted[name], g, matmul) for name, g in runs if name in wanted}
 
     with ThreadPoolExecutor(threads) as pool:
