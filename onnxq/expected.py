@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxq.analysis.adjoint import Adjoint
+from onnxq.analysis.adjoint import Adjoint, output_powers
 from onnxq.analysis.cost import layer_costs, tensor_shapes
 from onnxq.analysis.sensitivity import (
     Part,
@@ -196,7 +196,7 @@ def _effects(
         found.notes.append(
             f"gradients come from {len(fitting)} of {len(feeds)} samples, those of one shape"
         )
-    powers = _powers(plain, fitting)
+    powers = output_powers(plain, fitting)
     with ctx.progress.task("gradients", len(fitting)) as advance:
         rng = np.random.default_rng([seed, len(probes)])
         threads = min(ctx.threads, cores()) or cores()
@@ -222,17 +222,6 @@ def _directions(model: Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> int:
     shapes = tensor_shapes(model, feeds[0])
     macs = sum(cost.macs or 0 for cost in layer_costs(model, shapes))
     return max(1, min(DIRECTIONS, DIRECTION_MACS // max(macs * len(feeds), 1)))
-
-
-def _powers(session: Session, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Sum of the squares of each floating-point output, of the mean sample; 0 if not finite."""
-    total: dict[str, float] = {}
-    for feed in feeds:
-        for name, array in session.run_shared(feed).items():
-            if array.dtype.kind == "f":
-                square = float(np.square(array.astype(np.float64)).sum()) / len(feeds)
-                total[name] = total.get(name, 0.0) + square
-    return {n: p if math.isfinite(p) else 0.0 for n, p in total.items()}
 
 
 def _fill(

@@ -10,6 +10,7 @@ import numpy as np
 
 from onnxq.analysis.cost import mac_nodes
 from onnxq.checkpoint import Checkpoint, fingerprint
+from onnxq.curvature import curvatures
 from onnxq.errors import CalibrationError, RecipeError, did_you_mean
 from onnxq.layer_inputs import statistics_bytes
 from onnxq.model import Layer, Model
@@ -119,6 +120,14 @@ class LowRank:
         )
         for note in responses.notes:
             changes.add(note)
+        curved, unknown = curvatures(
+            model,
+            [layer for layer in layers if layer.name in ranks],
+            ctx,
+            np.random.default_rng([seed, len(layers)]),
+        )
+        for name, why in unknown.items():
+            changes.add(f"{name}: errors of its outputs weigh alike: {why}")
         checkpoint = None
         if ctx.resume is not None:
             key = fingerprint(model, __version__, options(self), ctx.seed, responses.digest())
@@ -135,7 +144,9 @@ class LowRank:
                 else:
                     rows = response.solution()
                     if (rank := ranks.get(layer.name)) is not None:
-                        rows = split.nearest(layer, rows[0], response.moment[0], rank)[None]
+                        rows = split.nearest(
+                            layer, rows[0], response.moment[0], rank, curved.get(layer.name)
+                        )[None]
                     response.settle(rows)
                     if checkpoint is not None:
                         checkpoint.keep(layer, index)

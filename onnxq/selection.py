@@ -40,7 +40,8 @@ class Candidate:
         rank_or_channels: The rank, or the number of channels, that this is.
         macs: Multiply-accumulates per sample afterwards of all layers that it concerns.
         bytes: Bytes of their parameters afterwards.
-        error: Expected squared error of their outputs, relative to the power of these.
+        error: Expected squared error of their outputs, relative to the power of these, both weighed
+            by what they do to the outputs of the model where that is known.
     """
 
     layer: str

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from onnxq.analysis.cost import Shapes, layer_costs, mac_nodes, tensor_shapes
+from onnxq.curvature import Curvature, curvatures
 from onnxq.layer_inputs import moments
 from onnxq.model import Layer, Model
 from onnxq.pass_manager import Context
@@ -89,6 +90,7 @@ def measure(
         statistics = moments(
             model, wanted, ctx, rng=rng, samples=known_by, patches=patches, halves=True
         )
+    curved, _ = curvatures(model, wanted, ctx, rng) if wanted else ({}, {})
     choices: list[Choice] = []
     outputs = [plain.run(feed) for feed in feeds]
     with ctx.progress.task("sensitivity of layers", len(ways)) as advance:
@@ -98,11 +100,14 @@ def measure(
                 continue
             layer, known, macs = layers[name], statistics[name], costs[name].macs or 0
             widening = _widening(layer, shapes)
+            curvature = curved.get(name)
             each = [
-                (s, c) for s in possible for c in s.candidates(layer, known, macs, widening, points)
+                (s, c)
+                for s in possible
+                for c in s.candidates(layer, known, macs, widening, curvature, points)
             ]
             split, tried_on = min(each, key=lambda pair: abs(pair[1].macs - _TRIED * macs))
-            trial = _trial(model, layer, known, split, tried_on.rank_or_channels)
+            trial = _trial(model, layer, known, split, tried_on.rank_or_channels, curvature)
             effect = output_error(Session(trial.to_proto(), threads=ctx.threads), feeds, outputs)
             choices.append(
                 Choice(
@@ -152,12 +157,19 @@ def _widening(layer: Layer, shapes: Shapes) -> float:
     return read[-1] / made[-1]
 
 
-def _trial(model: Model, layer: Layer, known: SecondOrder, split: Split, rank: int) -> Model:
+def _trial(
+    model: Model,
+    layer: Layer,
+    known: SecondOrder,
+    split: Split,
+    rank: int,
+    curvature: Curvature | None,
+) -> Model:
     """The model with one layer of that rank, not yet written as two."""
     trial = model.clone()
     twin = next(other for other in trial.layers() if other.name == layer.name)
     wide = rows_of(layer)[0].astype(np.float64)
-    rows = split.nearest(layer, wide, trusted_moment(layer, known)[0], rank)[None]
+    rows = split.nearest(layer, wide, trusted_moment(layer, known)[0], rank, curvature)[None]
     if takes_bias(twin):
         correct_bias(twin, rows, known)
     twin.set_weight(weight_of(twin, rows).astype(np.float32))

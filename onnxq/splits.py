@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from onnxq.curvature import Curvature
 from onnxq.graph import rewire
 from onnxq.kernels.lowrank import halved, low_rank, rank_errors, spatial, spatial_errors
 from onnxq.model import Layer, Model
@@ -72,6 +73,7 @@ class Split(ABC):
         statistics: SecondOrder,
         macs: int,
         widening: float = 1.0,
+        curvature: Curvature | None = None,
         points: int = 0,
     ) -> list[Candidate]:
         """What a layer costs and loses at each rank, from what it reads in the float model.
@@ -81,9 +83,11 @@ class Split(ABC):
             statistics: Of its input.
             macs: Multiply-accumulates of the layer.
             widening: Columns of its input for each column of its output.
+            curvature: What errors of its outputs are weighed by; None: all alike.
             points: Ranks that are looked at, about; 0 for all.
         """
         moment = trusted_moment(layer, statistics)[0]
+        rows = _weighed(rows_of(layer).astype(np.float64), curvature)[0]
         ranks, weights = self.ranks(layer), self.weights(layer)
         ranks = ranks[:: max(1, -(-len(ranks) // points))] if points else ranks
         bias = 0 if layer.bias is None else layer.bias.nbytes
@@ -98,11 +102,16 @@ class Split(ABC):
                 bytes=rank * weights * layer.weight.itemsize + bias,
                 error=float(error),
             )
-            for rank, error in zip(ranks, self.errors(layer, moment, ranks), strict=True)
+            for rank, error in zip(ranks, self._errors(layer, rows, moment, ranks), strict=True)
         ]
 
     def nearest(
-        self, layer: Layer, rows: np.ndarray, moment: np.ndarray | None, rank: int
+        self,
+        layer: Layer,
+        rows: np.ndarray,
+        moment: np.ndarray | None,
+        rank: int,
+        curvature: Curvature | None = None,
     ) -> np.ndarray:
         """The rows of a rank whose outputs are nearest to those of some rows.
 
@@ -111,8 +120,10 @@ class Split(ABC):
             rows: float64 [O, K].
             moment: Second moment of what they multiply, [K, K]; None: the plain SVD.
             rank: The rank.
+            curvature: What errors of the outputs are weighed by; None: all alike.
         """
-        return low_rank(rows, moment, rank)
+        found = self._nearest(layer, _weighed(rows[None], curvature)[0], moment, rank)
+        return found if curvature is None else curvature.undo(found[None])[0]
 
     @abstractmethod
     def weights(self, layer: Layer) -> int:
@@ -123,12 +134,20 @@ class Split(ABC):
         """The rank at which nothing is lost."""
 
     @abstractmethod
-    def errors(self, layer: Layer, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        """The relative error of the output at some ranks, by the moment of the input."""
-
-    @abstractmethod
     def write(self, model: Model, layer: Layer, rank: int) -> None:
         """Put two layers in place of one whose weight has that rank."""
+
+    @abstractmethod
+    def _errors(
+        self, layer: Layer, rows: np.ndarray, moment: np.ndarray, ranks: Sequence[int]
+    ) -> np.ndarray:
+        """The relative error of what rows put out at some ranks, by the moment of the input."""
+
+    @abstractmethod
+    def _nearest(
+        self, layer: Layer, rows: np.ndarray, moment: np.ndarray | None, rank: int
+    ) -> np.ndarray:
+        """See `nearest`: errors weigh alike."""
 
     @abstractmethod
     def _shape_unfit(self, layer: Layer) -> str | None:
@@ -154,14 +173,14 @@ class Spatial(Split):
         outputs, channels, height, width = layer.weight.shape
         return int(min(channels * height, outputs * width))
 
-    def errors(self, layer: Layer, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        """The relative error of the output at some ranks, by the moment of the input."""
-        return spatial_errors(layer.weight.astype(np.float64), moment, ranks)
+    def _errors(
+        self, layer: Layer, rows: np.ndarray, moment: np.ndarray, ranks: Sequence[int]
+    ) -> np.ndarray:
+        return spatial_errors(rows.reshape(layer.weight.shape), moment, ranks)
 
-    def nearest(
+    def _nearest(
         self, layer: Layer, rows: np.ndarray, moment: np.ndarray | None, rank: int
     ) -> np.ndarray:
-        """See `Split.nearest`."""
         return spatial(rows.reshape(layer.weight.shape), moment, rank).reshape(rows.shape)
 
     def write(self, model: Model, layer: Layer, rank: int) -> None:
@@ -213,9 +232,15 @@ class Rows(Split):
         outputs = layer.output_channels
         return int(min(layer.weight.size // outputs, outputs))
 
-    def errors(self, layer: Layer, moment: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
-        """The relative error of the output at some ranks, by the moment of the input."""
-        return rank_errors(rows_of(layer)[0].astype(np.float64), moment)[[*ranks]]
+    def _errors(
+        self, layer: Layer, rows: np.ndarray, moment: np.ndarray, ranks: Sequence[int]
+    ) -> np.ndarray:
+        return rank_errors(rows, moment)[[*ranks]]
+
+    def _nearest(
+        self, layer: Layer, rows: np.ndarray, moment: np.ndarray | None, rank: int
+    ) -> np.ndarray:
+        return low_rank(rows, moment, rank)
 
     def write(self, model: Model, layer: Layer, rank: int) -> None:
         """Put two layers in place of one whose weight has that rank."""
@@ -243,6 +268,10 @@ class Rows(Split):
 
     def _macs_per_position(self, layer: Layer, widening: float) -> float:
         return float(self.weights(layer))
+
+
+def _weighed(rows: np.ndarray, curvature: Curvature | None) -> np.ndarray:
+    return rows if curvature is None else curvature.weigh(rows)
 
 
 def _write(

@@ -37,8 +37,8 @@ class Compress:
     """Meet a budget of multiply-accumulates, bytes or time with the least error of the outputs.
 
     For each layer, and each rank that it may be split at, the relative error of its output follows
-    from the second moment of its input; what such an error does to the outputs of the model is
-    measured once for each layer.  Errors add up::
+    from the second moment of its input, and of the gradients at its output; what such an error does
+    to the outputs of the model is measured once for each layer.  Errors add up::
 
         least of  sum over layers of  effect[l] * error[l, c]    over one candidate c for each layer
         with      sum over layers of  cost[l, c]  <=  share * cost of the model

@@ -24,7 +24,9 @@ class WeightSVD(LowRank):
 
     with H the second moment of what the layer reads: the best of rank r in
     tr((W - Q) H (W - Q)^T).  A weight of K columns takes r (K + O) in place of O K
-    multiplications.
+    multiplications.  Where gradients are known, errors of the outputs are weighed by what they do
+    to the outputs of the model, tr(G (W - Q) H (W - Q)^T): W is G^1/2 W above, and Q is G^-1/2 Q
+    in the end.
 
     Layers are done one after the other.  Each reads what those before it, now compressed, deliver,
     and is to put out what it did in the float model; where it is added to another branch, what

@@ -7,6 +7,7 @@ small change of its output does to the model's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from onnxq.frontier import reads
 from onnxq.model import Layer, Model
 from onnxq.runtime import Session
 
-__all__ = ["Adjoint", "Gradient"]
+__all__ = ["Adjoint", "Gradient", "draw_directions", "output_powers"]
 
 # Scatter, and Pad with a computed number, came with these.
 _OPSET = 16
@@ -152,3 +153,35 @@ class Adjoint:
 def _decoded(attrs: Mapping[str, object]) -> dict[str, Any]:
     """Attributes with text in place of bytes."""
     return {k: v.decode() if isinstance(v, bytes) else v for k, v in attrs.items()}
+
+
+def draw_directions(
+    adjoint: Adjoint, powers: Mapping[str, float], count: int, rng: np.random.Generator
+) -> list[dict[str, np.ndarray]]:
+    """Random directions along which squared changes are shares of the power of the outputs.
+
+    Args:
+        adjoint: Whose outputs they are of.
+        powers: Sum of the squares of each output, of the mean sample.
+        count: How many.
+        rng: Draws them.
+    """
+    alive = [n for n in adjoint.outputs if powers.get(n, 0.0) > 0]
+    scales = dict.fromkeys(adjoint.outputs, 0.0)
+    scales |= {n: 1 / math.sqrt(powers[n] * len(alive)) for n in alive}
+    signs = np.array([-1.0, 1.0], np.float32)
+    return [
+        {n: rng.choice(signs, s) * np.float32(scales[n]) for n, s in adjoint.outputs.items()}
+        for _ in range(count)
+    ]
+
+
+def output_powers(session: Session, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Sum of the squares of each floating-point output, of the mean sample; 0 if not finite."""
+    total: dict[str, float] = {}
+    for feed in feeds:
+        for name, array in session.run_shared(feed).items():
+            if array.dtype.kind == "f":
+                square = float(np.square(array.astype(np.float64)).sum()) / len(feeds)
+                total[name] = total.get(name, 0.0) + square
+    return {n: p if math.isfinite(p) else 0.0 for n, p in total.items()}

@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from onnxq.analysis.adjoint import Adjoint, Gradient
+from onnxq.analysis.adjoint import Adjoint, Gradient, draw_directions
 from onnxq.analysis.error import LARGEST_SQNR_DB
 from onnxq.encoding import Encoding
 from onnxq.layer import Layer
@@ -196,17 +196,7 @@ def expected_effects(
         Layer -> key -> effect; layers that no output depends on are missing.
     """
     wanted = {p.layer.name: p for p in probes if p.layer.name in adjoint.layers}
-    alive = [n for n in adjoint.outputs if powers.get(n, 0.0) > 0]
-    scales = dict.fromkeys(adjoint.outputs, 0.0)
-    scales |= {n: 1 / math.sqrt(powers[n] * len(alive)) for n in alive}
-    signs = np.array([-1.0, 1.0], np.float32)
-    drawn = [
-        [
-            {n: rng.choice(signs, s) * np.float32(scales[n]) for n, s in adjoint.outputs.items()}
-            for _ in range(directions)
-        ]
-        for _ in samples
-    ]
+    drawn = draw_directions(adjoint, powers, len(samples) * directions, rng)
     seen: dict[str, dict[Hashable, list[tuple[float, float]]]] = {
         name: {key: [] for key in (*p.errors, *p.roundings)} for name, p in wanted.items()
     }
@@ -215,7 +205,7 @@ def expected_effects(
 
     def one(index: int) -> list[dict[str, dict[Hashable, tuple[float, float]]]]:
         found = []
-        for direction in drawn[index]:
+        for direction in drawn[index * directions : (index + 1) * directions]:
             runs = adjoint.run(samples[index], direction)
             found.append({n: _products(wanted[n], g, matmul) for n, g in runs if n in wanted})
         return found
