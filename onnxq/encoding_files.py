@@ -54,6 +54,7 @@ def export(
     complete: Any = None,
     limit: int | None = None,
     preprocess: Any = None,
+    strict: bool = False,
     threads: int = 0,
     progress: Progress | None = None,
 ) -> tuple[Encodings, list[str]]:
@@ -70,6 +71,7 @@ def export(
             configuration rounds and the Q/DQ model does not; None: nothing is added.
         limit: Use at most so many samples.
         preprocess: Preset or TOML file that turns pictures into inputs.
+        strict: Whether a sample that cannot be read is an error, not left out and counted.
         threads: Threads for onnxruntime; 0 for all cores.
         progress: Where progress is shown.
 
@@ -84,7 +86,7 @@ def export(
     if complete is None:
         text = _text(found, version, model, target)
     else:
-        data = api.calibration(complete, limit, preprocess)
+        data = api.calibration(complete, limit, preprocess, strict)
         ctx = Context(data, target=target, threads=threads, progress=progress)
         found, notes = completed(model, found, ctx)
         text = encodings_json.dumps(found, version, constants(model))

@@ -57,7 +57,9 @@ VERBS = {
 
 
 def test_every_verb_that_reads_a_model_is_tried():
-    assert set(VERBS) == {name for name, _ in verbs(main)} - {"encodings", "passes"}
+    """Models of the zoo are known by their checksums."""
+    others = {"encodings", "passes", "zoo", "zoo list", "zoo build", "zoo table"}
+    assert set(VERBS) == {name for name, _ in verbs(main)} - others
 
 
 @pytest.fixture(scope="module")

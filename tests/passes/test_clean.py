@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from onnx import helper
 
+from onnxq.errors import ModelError
 from onnxq.model import load
 from onnxq.passes.clean import Clean
 from tests import models
@@ -268,10 +269,11 @@ def test_old_dropout():
     text = "g (float[N,4] x) => (float[N,4] y) { h = Relu (x) y = Dropout %s (h) }"
     model, _ = rewrite(Clean(), models.parse(text % "", opset=10))
     assert ops(model) == ["Relu"]
-    for attrs, kept in (("<is_test=1>", ["Relu"]), ("<is_test=0>", ["Relu", "Dropout"])):
-        model = load(models.parse(text % attrs, opset=6))
-        Clean().apply(model, None)
-        assert ops(model) == kept
+    model = load(models.parse(text % "<is_test=1>", opset=6))
+    Clean().apply(model, None)
+    assert ops(model) == ["Relu"]
+    with pytest.raises(ModelError, match="is_test must not have value 0"):
+        load(models.parse(text % "<is_test=0>", opset=6))
 
 
 def test_old_attributes():
