@@ -157,7 +157,7 @@ class Session:
                 raise OnnxqError(
                     f"cannot be written: {says}",
                     where=options.optimized_model_filepath,
-                    fix="check the folder and the space on the disk; TMPDIR says where temporary files lie",
+                    fix="check the folder and the space on the disk; temporary files lie in TMPDIR",
                 ) from error
             raise ModelError(
                 f"onnxruntime cannot load the model: {_message(error)}",

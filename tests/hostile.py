@@ -69,7 +69,7 @@ for command in json.loads(sys.argv[3]):
     known = result.exception is None or isinstance(result.exception, SystemExit)
     assert known, repr(result.exception)
     found.append([result.exit_code, result.stdout, result.stderr])
-status = open("/proc/self/status").read()  # not that of the process this was forked from, as getrusage's
+status = open("/proc/self/status").read()  # getrusage's is at least that of the parent
 peak = int(status.partition("VmHWM:")[2].split()[0])
 print(json.dumps([found, peak]))
 """
