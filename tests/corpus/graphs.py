@@ -17,7 +17,7 @@ from tests.corpus.builder import Builder
 __all__ = ["BOUND_DB", "FINISHES", "ODDITIES", "OPSETS", "graph"]
 
 # Least SQNR of int8 versions: about 20 dB below what a layer has.
-BOUND_DB = 10.0
+BOUND_DB = 5.0
 OPSETS = (7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24)
 ODDITIES, FINISHES = oddities.STEPS + oddities.ENDS, oddities.FINISHES
 

@@ -296,7 +296,13 @@ def _session(path: Path | bytes, level: ort.GraphOptimizationLevel) -> ort.Infer
 
 def _run(session: ort.InferenceSession, feed: Feed) -> dict[str, object]:
     names = [o.name for o in session.get_outputs()]
-    return dict(zip(names, session.run(names, feed), strict=True))
+    found: dict[str, object] = {}
+    for name, value in zip(names, session.run(names, feed), strict=True):
+        if isinstance(value, list) and all(isinstance(v, np.ndarray) for v in value):
+            found |= {f"{name}[{i}]": v for i, v in enumerate(value)}
+        else:
+            found[name] = value
+    return found
 
 
 def _valid(path: Path) -> str | None:
