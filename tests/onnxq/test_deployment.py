@@ -588,7 +588,7 @@ def test_a_folder_filled_in_the_meantime_is_left_alone(tmp_path, monkeypatch):
 
 def test_an_ort_file_that_cannot_be_written(tmp_path):
     source = save(tmp_path, parse(CONV))
-    with pytest.raises(OnnxqError, match=r"cannot be written .*no.m\.ort\); check the folder"):
+    with pytest.raises(OnnxqError, match=r"cannot be written: .*no.m\.ort\); check the folder"):
         runtime.save_ort(source, tmp_path / "no" / "m.ort")
 
 
