@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ Pair = tuple[Mapping[str, np.ndarray], Mapping[str, np.ndarray]]
 
 # What stands for infinity, so that every result is plain JSON: float64 sums resolve about 160 dB.
 LARGEST_SQNR_DB = 200.0
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,11 @@ class _Sums:
             x, y = x[finite], y[finite]
             self.left_out += int(odd.sum())
         error = x - y
-        self.signal += float(x @ x)
-        self.power += float(y @ y)
-        self.product += float(x @ y)
-        self.noise += float(error @ error)
+        with np.errstate(over="ignore"):  # squares of what float64 barely holds
+            self.signal = min(self.signal + float(x @ x), _LARGEST)
+            self.power = min(self.power + float(y @ y), _LARGEST)
+            self.product = min(max(self.product + float(x @ y), -_LARGEST), _LARGEST)
+            self.noise = min(self.noise + float(error @ error), _LARGEST)
         self.max_abs_error = max(self.max_abs_error, float(np.abs(error).max(initial=0.0)))
 
     def _add_top(self, ref: np.ndarray, out: np.ndarray) -> None:

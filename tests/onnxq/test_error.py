@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from onnxq.analysis.error import LARGEST_SQNR_DB, OutputError, class_axis, compare
+from onnxq.analysis.error import LARGEST_SQNR_DB, OutputError, between, class_axis, compare
 from onnxq.errors import CalibrationError, ModelError
 from onnxq.runtime import Session
 from onnxq.signature import TensorSpec
@@ -241,3 +241,11 @@ def test_no_samples():
 def test_samples_that_do_not_fit():
     with pytest.raises(CalibrationError):
         compare(session(FLOAT), session(FLOAT), [{"z": np.ones(3, np.float32)}])
+
+
+def test_squares_beyond_float64():
+    huge = np.array([1e200, -1e200])
+    (same,) = between([({"y": huge}, {"y": huge})], ["y"])
+    assert (same.sqnr_db, same.cosine) == (LARGEST_SQNR_DB, 1.0)
+    (other,) = between([({"y": huge}, {"y": -huge})], ["y"])
+    assert (other.sqnr_db, other.cosine, other.max_abs_error) == (0.0, -1.0, 2e200)
