@@ -311,7 +311,8 @@ def _valid(path: Path) -> str | None:
     try:
         onnx.checker.check_model(path, full_check=True)
     except Exception as error:
-        return re.sub(", node name: [^)]*", "", _line(error))  # nodes without one are given one
+        # nodes without a name are given one
+        return re.sub(", node name: [^)]*", "", _line(error))[:200]
     return None
 
 
