@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_graphsurgeon as gs
 
 from onnxq.analysis.layer_faults import Fault
-from onnxq.analysis.qdq import Grid, dequantize_before, grid_of, is_qdq, is_quantize
+from onnxq.analysis.qdq import Grid, dequantize_before, grid_of, is_qdq, is_quantize, is_residue
 from onnxq.contract import Target
 from onnxq.model import Model, consumers, is_standard
 from onnxq.ops import LAYERS
@@ -44,7 +44,7 @@ def _of_node(model: Model, node: gs.Node, target: Target) -> Iterator[tuple[str,
     """The rules that a node breaks, each with the mend."""
     if is_quantize(node) and not isinstance(node.inputs[0], gs.Constant):
         yield from _of_activation(grid_of(model, node), target)
-    if is_qdq(node) or not is_standard(node):
+    if is_qdq(node) or not is_standard(node) or is_residue(node):
         return
     before = [dequantize_before(t) for t in node.inputs if t.name]
     if not any(before):

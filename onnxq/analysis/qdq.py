@@ -20,6 +20,7 @@ __all__ = [
     "is_dequantize",
     "is_qdq",
     "is_quantize",
+    "is_residue",
     "limits",
     "quantized_by",
     "typed",
@@ -163,6 +164,15 @@ def dequantize_before(tensor: gs.Tensor) -> gs.Node | None:
     """The DQ that a tensor comes from; None if it comes from something else."""
     node = producer(tensor)
     return node if is_dequantize(node) else None
+
+
+def is_residue(node: gs.Node) -> bool:
+    """Whether a node computes what quantizing a tensor left of it: x - DQ(Q(x))."""
+    if node.op != "Sub" or not is_standard(node):
+        return False
+    dequantize = dequantize_before(node.inputs[1])
+    quantize = None if dequantize is None else producer(dequantize.inputs[0])
+    return quantize is not None and is_quantize(quantize) and quantize.inputs[0] is node.inputs[0]
 
 
 def quantized_by(tensor: gs.Tensor) -> list[gs.Node]:

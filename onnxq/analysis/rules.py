@@ -11,6 +11,7 @@ from typing import Literal
 
 import onnx_graphsurgeon as gs
 
+from onnxq.analysis.qdq import is_residue
 from onnxq.model import is_standard
 
 __all__ = [
@@ -150,5 +151,12 @@ def computes_integers(op: str) -> bool:
 
 def missing_kernel(node: gs.Node) -> Why:
     """Why an operator without a rule stays in float."""
+    if is_residue(node):
+        return Why(
+            "residue",
+            "it computes what quantizing its input leaves, which the next layer reads, too:"
+            " twice the input, so that quiet samples keep their shape",
+            "if time counts more, quantize without the pass residual-input",
+        )
     shown = str(node.op) if is_standard(node) else f"{node.domain}.{node.op}"
     return Why("no-kernel", f"onnxruntime has no integer {shown}", _INSTEAD.get(node.op, _LEAVE))

@@ -91,3 +91,13 @@ def test_samples_tell_whether_pairs_overflow(value, severity):
     (pairs,) = result.saturation
     assert pairs.worst == (50600 if severity else 0)
     assert (pairs.overflows > 0) == (severity is not None)
+
+
+def test_what_quantizing_leaves_is_no_breach():
+    """A subtraction whose result has a grid of its own, for an input in two halves."""
+    left, other = build("[n] r = Sub(x, xd)"), build("[n] r = Sub(xd, x)")
+    assert broken(left, "ort-cpu") == {}
+    assert broken(other, "ort-cpu") == {"ort-cpu has no integer Sub": "n"}
+    for proto, says in ((left, "what quantizing its input leaves"), (other, "no integer Sub")):
+        (node,) = [n for n in doctor(proto).views[0].nodes if n.name == "n"]
+        assert says in node.reason
