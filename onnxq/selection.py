@@ -197,31 +197,31 @@ def _loss(options: Iterable[_Options], found: Mapping[str, int]) -> float:
 
 def _greedy(options: Sequence[_Options], needed: int) -> dict[str, int] | None:
     """Index of the option taken, by name; None if all together do not save enough."""
-    found: dict[str, int] = {}
-    owner: dict[str, str] = {}
+    if not any(option.candidates for option in options):
+        return None
+    # the candidates of all in one row, with the option that each is of, and its index there
+    counts = [len(option.candidates) for option in options]
+    owner = np.repeat(np.arange(len(options)), counts)
+    place = np.concatenate([np.arange(count) for count in counts])
+    saves = np.concatenate([option.saved for option in options])
+    losses = np.concatenate([option.loss for option in options])
+    at = np.full(len(options), -1)
+    now, lost = np.zeros(len(options), np.int64), np.zeros(len(options))
+    free = np.ones(len(options), bool)
     saved = 0
     while saved < needed:
-        best: tuple[float, _Options, int] | None = None
-        for option in options:
-            name = option.choice.name
-            if any(owner.get(layer, name) != name for layer in option.choice.covers):
-                continue
-            at = found.get(name, -1)
-            base = (0, 0.0) if at < 0 else (int(option.saved[at]), float(option.loss[at]))
-            for index in range(at + 1, len(option.candidates)):
-                more = min(int(option.saved[index]) - base[0], needed - saved)
-                price = (float(option.loss[index]) - base[1]) / more
-                if best is None or price < best[0]:
-                    best = price, option, index
-        if best is None:
+        left = np.flatnonzero(free[owner] & (place > at[owner]))
+        if not left.size:
             return None
-        _, option, index = best
-        name = option.choice.name
-        at = found.get(name, -1)
-        saved += int(option.saved[index]) - (int(option.saved[at]) if at >= 0 else 0)
-        found[name] = index
-        owner |= dict.fromkeys(option.choice.covers, name)
-    return found
+        of = owner[left]
+        more = np.minimum(saves[left] - now[of], needed - saved)
+        best = left[np.argmin((losses[left] - lost[of]) / more)]
+        taken = owner[best]
+        saved += int(saves[best] - now[taken])
+        at[taken], now[taken], lost[taken] = place[best], saves[best], losses[best]
+        covers = options[taken].choice.covers
+        free &= [o is options[taken] or {*covers}.isdisjoint(o.choice.covers) for o in options]
+    return {o.choice.name: int(i) for o, i in zip(options, at, strict=True) if i >= 0}
 
 
 def _optimal(options: Sequence[_Options], needed: int) -> dict[str, int] | None:
