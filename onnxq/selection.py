@@ -21,7 +21,7 @@ from onnxq.errors import OnnxqError, RecipeError
 from onnxq.files import read_limited
 from onnxq.report import write_text
 
-__all__ = ["Budget", "Candidate", "Choice", "Search", "Sensitivities", "select"]
+__all__ = ["Budget", "Candidate", "Choice", "Search", "Sensitivities", "least_share", "select"]
 
 Search = Literal["optimal", "greedy"]
 # Steps into which what has to be saved is cut for the dynamic program.
@@ -130,8 +130,7 @@ def select(
     options = [_Options.of(choice, budget) for choice in choices]
     found = _greedy(options, needed)
     if found is None:
-        big = sorted((o for o in options if o.candidates), key=lambda o: -int(o.saved[-1]))
-        most = sum(int(o.saved[-1]) for o in _apart(big))
+        most = _most(options)
         least = math.ceil(1000 * (1 + (reserve - most) / max(total, 1))) / 1000
         raise OnnxqError(
             f"{budget.of}: a share of {budget.share:g} cannot be met",
@@ -148,6 +147,27 @@ def select(
     return {
         o.choice.name: o.candidates[found[o.choice.name]] for o in options if o.choice.name in found
     }
+
+
+def least_share(
+    choices: Sequence[Choice], total: int, of: Literal["macs", "bytes"], reserve: int = 0
+) -> float:
+    """The smallest budget that choices which do not exclude one another meet.
+
+    Args:
+        choices: What may become of each layer.
+        total: What the whole model costs.
+        of: What the budget is of.
+        reserve: What will be added to the model's cost whatever is chosen.
+    """
+    most = _most([_Options.of(choice, Budget(of, 1.0)) for choice in choices])
+    return min(1.0, (total + reserve - most) / total + 1e-9)  # rounding must not ask for more
+
+
+def _most(options: Sequence[_Options]) -> int:
+    """What all of them together save, about, where some exclude others."""
+    big = sorted((o for o in options if o.candidates), key=lambda o: -int(o.saved[-1]))
+    return sum(int(o.saved[-1]) for o in _apart(big))
 
 
 @dataclass(frozen=True)
