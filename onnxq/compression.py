@@ -72,7 +72,10 @@ def compress(
         progress: Where progress is shown.
 
     Returns:
-        The new model, and the report: `report.facts["compression"]` has the layers.
+        The new model, and the report: `report.facts["compression"]` has the layers, and, where
+        layers were split, under `tradeoff` what other budgets would cost: `of` macs or bytes the
+        share `kept` and the expected `error` of the outputs, relative to their power; `chosen` is
+        what was taken, `points` what could have been, with all methods and with each alone.
 
     Raises:
         OnnxqError: Anything that the user can mend; a budget that cannot be met says what can.

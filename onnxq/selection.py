@@ -21,7 +21,7 @@ from onnxq.errors import OnnxqError, RecipeError
 from onnxq.files import read_limited
 from onnxq.report import write_text
 
-__all__ = ["Budget", "Candidate", "Choice", "Search", "Sensitivities", "select"]
+__all__ = ["Budget", "Candidate", "Choice", "Search", "Sensitivities", "least_share", "select"]
 
 Search = Literal["optimal", "greedy"]
 # Steps into which what has to be saved is cut for the dynamic program.
@@ -130,8 +130,7 @@ def select(
     options = [_Options.of(choice, budget) for choice in choices]
     found = _greedy(options, needed)
     if found is None:
-        big = sorted((o for o in options if o.candidates), key=lambda o: -int(o.saved[-1]))
-        most = sum(int(o.saved[-1]) for o in _apart(big))
+        most = _most(options)
         least = math.ceil(1000 * (1 + (reserve - most) / max(total, 1))) / 1000
         raise OnnxqError(
             f"{budget.of}: a share of {budget.share:g} cannot be met",
@@ -148,6 +147,27 @@ def select(
     return {
         o.choice.name: o.candidates[found[o.choice.name]] for o in options if o.choice.name in found
     }
+
+
+def least_share(
+    choices: Sequence[Choice], total: int, of: Literal["macs", "bytes"], reserve: int = 0
+) -> float:
+    """The smallest budget that choices which do not exclude one another meet.
+
+    Args:
+        choices: What may become of each layer.
+        total: What the whole model costs.
+        of: What the budget is of.
+        reserve: What will be added to the model's cost whatever is chosen.
+    """
+    most = _most([_Options.of(choice, Budget(of, 1.0)) for choice in choices])
+    return min(1.0, (total + reserve - most) / total + 1e-9)  # rounding must not ask for more
+
+
+def _most(options: Sequence[_Options]) -> int:
+    """What all of them together save, about, where some exclude others."""
+    big = sorted((o for o in options if o.candidates), key=lambda o: -int(o.saved[-1]))
+    return sum(int(o.saved[-1]) for o in _apart(big))
 
 
 @dataclass(frozen=True)
@@ -197,31 +217,31 @@ def _loss(options: Iterable[_Options], found: Mapping[str, int]) -> float:
 
 def _greedy(options: Sequence[_Options], needed: int) -> dict[str, int] | None:
     """Index of the option taken, by name; None if all together do not save enough."""
-    found: dict[str, int] = {}
-    owner: dict[str, str] = {}
+    if not any(option.candidates for option in options):
+        return None
+    # the candidates of all in one row, with the option that each is of, and its index there
+    counts = [len(option.candidates) for option in options]
+    owner = np.repeat(np.arange(len(options)), counts)
+    place = np.concatenate([np.arange(count) for count in counts])
+    saves = np.concatenate([option.saved for option in options])
+    losses = np.concatenate([option.loss for option in options])
+    at = np.full(len(options), -1)
+    now, lost = np.zeros(len(options), np.int64), np.zeros(len(options))
+    free = np.ones(len(options), bool)
     saved = 0
     while saved < needed:
-        best: tuple[float, _Options, int] | None = None
-        for option in options:
-            name = option.choice.name
-            if any(owner.get(layer, name) != name for layer in option.choice.covers):
-                continue
-            at = found.get(name, -1)
-            base = (0, 0.0) if at < 0 else (int(option.saved[at]), float(option.loss[at]))
-            for index in range(at + 1, len(option.candidates)):
-                more = min(int(option.saved[index]) - base[0], needed - saved)
-                price = (float(option.loss[index]) - base[1]) / more
-                if best is None or price < best[0]:
-                    best = price, option, index
-        if best is None:
+        left = np.flatnonzero(free[owner] & (place > at[owner]))
+        if not left.size:
             return None
-        _, option, index = best
-        name = option.choice.name
-        at = found.get(name, -1)
-        saved += int(option.saved[index]) - (int(option.saved[at]) if at >= 0 else 0)
-        found[name] = index
-        owner |= dict.fromkeys(option.choice.covers, name)
-    return found
+        of = owner[left]
+        more = np.minimum(saves[left] - now[of], needed - saved)
+        best = left[np.argmin((losses[left] - lost[of]) / more)]
+        taken = owner[best]
+        saved += int(saves[best] - now[taken])
+        at[taken], now[taken], lost[taken] = place[best], saves[best], losses[best]
+        covers = options[taken].choice.covers
+        free &= [o is options[taken] or {*covers}.isdisjoint(o.choice.covers) for o in options]
+    return {o.choice.name: int(i) for o, i in zip(options, at, strict=True) if i >= 0}
 
 
 def _optimal(options: Sequence[_Options], needed: int) -> dict[str, int] | None:

@@ -20,8 +20,17 @@ from onnxq.passes.weight_svd import WeightSVD
 from onnxq.placement import match_nodes
 from onnxq.runtime import Session
 from onnxq.second_order import takes_bias
-from onnxq.selection import Budget, Candidate, Choice, Search, Sensitivities, select
+from onnxq.selection import (
+    Budget,
+    Candidate,
+    Choice,
+    Search,
+    Sensitivities,
+    least_share,
+    select,
+)
 from onnxq.sensitivity import measure
+from onnxq.tradeoff import Tradeoff, tradeoff
 
 __all__ = ["Compress"]
 
@@ -117,10 +126,11 @@ class Compress:
             changes.skip(name, why)
         choices = [c for c in table.choices if excluded.isdisjoint(c.covers)]
         chosen = self._choose(model, table, choices, ctx)
+        known = self._tradeoff(model, table, choices, chosen)
         for step in self._steps(chosen, self.reconstruct):
             changes.extend(step.apply(model, ctx))
             model.revision += 1
-        ctx.report.facts["compression"] = self._facts(model, ctx, table, chosen)
+        ctx.report.facts["compression"] = self._facts(model, ctx, table, chosen, known)
         return changes
 
     def _table(self, model: Model, ctx: Context) -> Sensitivities:
@@ -166,7 +176,7 @@ class Compress:
         """The most multiply-accumulates at which the model takes no longer than it may."""
         plain = Session(model.to_proto(), threads=ctx.threads)
         feed = next(iter(ctx.spread(plain, 1)))
-        low, high = _least_share(choices, table.macs), 1.0
+        low, high = least_share(choices, table.macs, "macs"), 1.0
         with ctx.progress.task("time", None):
             found = select(choices, table.macs, Budget("macs", low), self.search)
             fastest = self._timed(model, found, plain, feed, ctx)
@@ -222,8 +232,26 @@ class Compress:
                 )
         return steps
 
+    def _tradeoff(
+        self,
+        model: Model,
+        table: Sensitivities,
+        choices: list[Choice],
+        chosen: Mapping[str, Candidate],
+    ) -> Tradeoff:
+        """What other budgets would have cost."""
+        if self.budget == "bytes":
+            reserve = _new_biases(model)
+            return tradeoff(choices, table.bytes, "bytes", chosen, self.search, reserve=reserve)
+        return tradeoff(choices, table.macs, "macs", chosen, self.search)
+
     def _facts(
-        self, model: Model, ctx: Context, table: Sensitivities, chosen: Mapping[str, Candidate]
+        self,
+        model: Model,
+        ctx: Context,
+        table: Sensitivities,
+        chosen: Mapping[str, Candidate],
+        known: Tradeoff,
     ) -> dict[str, Any]:
         """What came of it, as plain JSON types."""
         shapes = tensor_shapes(model, next(iter(ctx.samples(model))))
@@ -246,6 +274,7 @@ class Compress:
                 }
                 for name, c in chosen.items()
             ],
+            "tradeoff": known.to_dict(),
             "refused": dict(table.refused),
         }
 
@@ -257,9 +286,3 @@ def _new_biases(model: Model) -> int:
         for layer in model.layers()
         if takes_bias(layer) and layer.bias is None
     )
-
-
-def _least_share(choices: list[Choice], total: int) -> float:
-    """The smallest share of multiply-accumulates that candidates can bring."""
-    saved = sum(c.macs - min((k.macs for k in c.candidates), default=c.macs) for c in choices)
-    return min(1.0, (total - saved) / total + 1e-9)

@@ -27,7 +27,7 @@ from bokeh.models import (
 from bokeh.models.annotations import Span
 from bokeh.plotting import figure
 
-from onnxq.report_page.content import Chart, Content
+from onnxq.report_page.content import Chart, Content, Plot
 from onnxq.report_page.layer_detail import METHODS, SPARED_DB
 from onnxq.report_page.markup import plain
 
@@ -54,6 +54,8 @@ def drawn(content: Content) -> dict[str, Any]:
     """What BokehJS needs to draw the charts into the elements `plot-KEY`."""
     document = Document()
     layers = ColumnDataSource({"name": [plain(n) for n in content.names]}, name="layers")
+    for plot in content.plots:
+        document.add_root(_against(plot))
     for chart in content.charts:
         document.add_root(_along(chart, layers))
     if content.names:
@@ -118,6 +120,31 @@ def _along(chart: Chart, layers: ColumnDataSource) -> figure:
     _alike(hung)
     plot.add_tools(HoverTool(renderers=[hung], mode="vline", tooltips=tips))
     plot.add_layout(Span(dimension="height", location=0, name="chosen", line_dash="dashed"))
+    return plot
+
+
+# ---------------------------------------------------------------------- the whole model
+
+
+def _against(chart: Plot) -> figure:
+    """A chart of one quantity against another."""
+    plot = _figure(chart.key, x_axis_label=chart.across, y_axis_label=chart.unit, height=260)
+    for index, series in enumerate(chart.series):
+        columns = {"x": np.array(series.x, np.float32), "y": np.array(series.y, np.float32)}
+        source = ColumnDataSource(columns, name=f"{chart.key}{index}")
+        line = series.mark == "line"
+        common: dict[str, Any] = {"x": "x", "y": "y", "source": source}
+        common["name"] = f"{chart.key}-{index}"
+        size, shape = 7 if line else 13, MARKERS[index % len(MARKERS)]
+        dot: Any = plot.scatter(marker=shape, size=size, **common)
+        marks: list[Any] = [dot]
+        if line:  # the first is wide, for others may lie on it
+            marks.append(plot.line(line_width=2 if index else 5, **common))
+        for mark in marks:
+            mark.tags = [chart.roles[index]]
+            mark.visible = series.shown
+        tips = [(plain(series.label), ""), (chart.across, "@x{0.0}"), (chart.unit, "@y{0.0}")]
+        plot.add_tools(HoverTool(renderers=[dot], tooltips=tips))
     return plot
 
 

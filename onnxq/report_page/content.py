@@ -13,6 +13,9 @@ __all__ = [
     "Content",
     "Detail",
     "Fragile",
+    "Mark",
+    "Plot",
+    "Points",
     "Remedy",
     "Series",
     "Table",
@@ -71,6 +74,51 @@ class Chart:
     def roles(self) -> list[str]:
         """The name of each series' colour in the style sheet."""
         return [s.role or f"series-{i}" for i, s in enumerate(self.series)]
+
+
+@dataclass(frozen=True)
+class Points:
+    """One of the series of a plot.
+
+    Args:
+        label: What it is.
+        x: Places of its points.
+        y: Their values, as many.
+        mark: How it is drawn.
+        shown: Whether it is drawn before it is asked for.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    mark: Mark = "line"
+    shown: bool = True
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart of one quantity against another.
+
+    Args:
+        key: Its name in the page.
+        title: What it shows.
+        about: How it is read, one or two sentences.
+        across: Along its horizontal axis.
+        unit: Along its vertical axis.
+        series: What is drawn, each in a colour of its own.
+    """
+
+    key: str
+    title: str
+    about: str
+    across: str
+    unit: str
+    series: Sequence[Points]
+
+    @property
+    def roles(self) -> list[str]:
+        """The name of each series' colour in the style sheet."""
+        return [f"series-{i}" for i in range(len(self.series))]
 
 
 @dataclass(frozen=True)
@@ -188,6 +236,7 @@ class Content:
         formats: The number formats that details compare.
         fragile: The layers to look at first.
         chosen: The layer that is chosen at first.
+        plots: Charts of the whole model.
         charts: Charts along the graph.
         tables: Tables at the end.
         recipe: What ran, as TOML.
@@ -205,6 +254,7 @@ class Content:
     formats: Sequence[str] = ()
     fragile: Sequence[Fragile] = ()
     chosen: int = 0
+    plots: Sequence[Plot] = ()
     charts: Sequence[Chart] = ()
     tables: Sequence[Table] = ()
     recipe: str = ""

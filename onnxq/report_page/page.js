@@ -204,8 +204,8 @@ function choose(index) {
   }
   const places = state.data.places;
   for (const [key, plot] of state.plots) {
-    if (key.startsWith("detail-")) continue;
     const line = span(key, "chosen");
+    if (!line) continue;
     const place = places[key] ? places[key].indexOf(index) : index;
     line.visible = place >= 0;
     line.location = place + 1;
@@ -300,7 +300,7 @@ function listen() {
   byId("filter")?.addEventListener("input", filter);
   byId("layers")?.tBodies[0].addEventListener("keydown", walk);
   for (const [key, plot] of state.plots) {
-    if (!key.startsWith("detail-")) plot.on_event("tap", (e) => choose(layerAt(key, e.x)));
+    if (span(key, "chosen")) plot.on_event("tap", (e) => choose(layerAt(key, e.x)));
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 }

@@ -16,7 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from onnxq.errors import OnnxqError
-from onnxq.report_page.content import Chart, Column, Content, Fragile, Table
+from onnxq.report_page.content import Chart, Column, Content, Fragile, Plot, Points, Series, Table
 from onnxq.report_page.markup import code, definitions, table, text
 
 __all__ = ["check_installed", "page", "unpacked"]
@@ -112,6 +112,10 @@ def _body(content: Content) -> Iterator[str]:
         yield '<section><h2>Look here first</h2><ol class="fragile">'
         yield from (_fragile(entry, content.names) for entry in content.fragile)
         yield "</ol></section>"
+    if content.plots:
+        yield '<section class="charts"><h2>The whole model</h2>'
+        yield from (_chart(plot) for plot in content.plots)
+        yield "</section>"
     if content.charts:
         yield '<section class="charts"><h2>Along the graph</h2>'
         yield '<p class="dim">Click a place in a chart to see its layer below.</p>'
@@ -144,19 +148,20 @@ def _fragile(entry: Fragile, names: Sequence[str]) -> str:
     )
 
 
-def _chart(chart: Chart) -> str:
+def _chart(chart: Chart | Plot) -> str:
+    entries: Sequence[Series | Points] = chart.series
     legend = "".join(
         f'<label class="key"><input type="checkbox" data-chart="{chart.key}" data-series="{i}"'
         f'{" checked" if series.shown else ""}><span class="swatch {series.mark} {chart.roles[i]}">'
         f"</span>{text(series.label)}</label>"
-        for i, series in enumerate(chart.series)
+        for i, series in enumerate(entries)
     )
     legend = f'<div class="legend">{legend}</div>' if len(chart.series) > 1 else ""
     return (
         f'<figure class="chart"><figcaption><h3>{text(chart.title)}</h3>'
         f'<p class="dim">{text(chart.about)}</p>{legend}</figcaption>'
         f'<div class="plot" id="plot-{chart.key}" role="img"'
-        f' aria-label="{text(chart.title)}: {text(", ".join(s.label for s in chart.series))}">'
+        f' aria-label="{text(chart.title)}: {text(", ".join(s.label for s in entries))}">'
         "</div></figure>"
     )
 

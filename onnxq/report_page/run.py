@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from onnxq.analysis.error import LARGEST_SQNR_DB
 from onnxq.analysis.weight_ranges import ChannelRanges, LayerRanges
 from onnxq.report import Report, error_line, megabytes, millions, weight_only_share
-from onnxq.report_page.content import Chart, Column, Content, Detail, Series, Table, finite
+from onnxq.report_page.content import (
+    Chart,
+    Column,
+    Content,
+    Detail,
+    Mark,
+    Plot,
+    Points,
+    Series,
+    Table,
+    finite,
+)
 from onnxq.report_page.layer_charts import activation, histogram, per_channel, points_for, reads
 from onnxq.report_page.watch import Seen
 from onnxq.version import __version__
 
 __all__ = ["of_run"]
+
+# What a budget is of, in words.
+_NAMES = {"macs": "MACs", "bytes": "bytes"}
 
 
 def of_run(
@@ -49,6 +65,7 @@ def of_run(
             for layer, n in zip(layers, found, strict=True)
         ],
         chosen=_widest(layers),
+        plots=tuple(_tradeoff(report)),
         charts=tuple(_charts(layers, found)),
         tables=(*_compression(report), _left_out(report), _passes(report)),
         recipe=recipe,
@@ -102,6 +119,47 @@ def _compression(report: Report) -> Iterator[Table]:
         f" {100 * budget['share']:.1f} % of the {budget['of']}. Errors are those of the layer's own"
         " output, from statistics of its input.",
     )
+
+
+def _tradeoff(report: Report) -> Iterator[Plot]:
+    """What other budgets would cost; nothing where layers were not split to one."""
+    compression = report.facts.get("compression", {})
+    found = compression.get("tradeoff")
+    if found is None:
+        return
+    of, words = found["of"], _NAMES[found["of"]]
+    methods = [*dict.fromkeys(p["method"] for p in found["points"])]
+    series = [
+        _points(method, [p for p in found["points"] if p["method"] == method], "line")
+        for method in methods
+    ]
+    series.append(_points("chosen, as expected", [found["chosen"]], "dot"))
+    measured = [
+        o["sqnr_db"] for o in report.facts.get("outputs", []) if o.get("sqnr_db") is not None
+    ]
+    known = [v for v in measured if abs(v) < LARGEST_SQNR_DB]
+    kept = 100 * compression[of]["after"] / max(compression[of]["before"], 1)
+    series.append(Points("measured", [kept] * len(known), known, "dot"))
+    integers = any(p.name == "insert-qdq" for p in report.passes)
+    yield Plot(
+        "tradeoff",
+        "What other budgets would cost",
+        f"Expected SQNR of the outputs against the {words} that are kept"
+        + (", with all methods and with each alone" if len(methods) > 1 else "")
+        + ". That weights are fitted anew is not in it; what is measured has that"
+        + (", and the error of integers" if integers else "")
+        + ("." if len(known) < 2 else ", a mark for each output."),
+        f"% of {words} kept",
+        "SQNR dB",
+        [s for s in series if s.x],
+    )
+
+
+def _points(label: str, points: Sequence[Mapping[str, Any]], mark: Mark) -> Points:
+    """Points in per cent and dB, without those that have no error."""
+    known = [p for p in points if 0 < p["error"] < math.inf]
+    values = [-10 * math.log10(p["error"]) for p in known]
+    return Points(label, [100 * p["kept"] for p in known], values, mark)
 
 
 def _weights(report: Report) -> str:

@@ -71,6 +71,9 @@ def test_what_is_told(half):
     share = 100 * facts["compression"]["macs"]["after"] / facts["compression"]["macs"]["before"]
     assert f"{share:.1f} %" in result.stdout
     assert f"{share:.1f} %" in page
+    assert 'id="plot-tradeoff"' in page
+    methods = {p["method"] for p in facts["compression"]["tradeoff"]["points"]}
+    assert methods == {"auto", "spatial-svd", "weight-svd"}
     assert f"SQNR {facts['outputs'][0]['sqnr_db']:.1f} dB" in result.stdout
     assert "left alone by compress: depthwise/conv: it has 16 groups" in result.stdout
     assert "in float: " not in result.stdout

@@ -290,6 +290,72 @@ def test_how_weights_are_stored():
     assert "75.0 %, activations in float" in text
 
 
+def compressed(of="macs", outputs=(20.0,), **others):
+    """A report of a compression to half of the MACs, or of the bytes."""
+    report = a_report()
+    points = [("auto", 0.25, 0.1), ("auto", 0.5, 0.01), ("auto", 1.0, 0.0)]
+    points += [("weight-svd", 0.5, 0.1), ("weight-svd", 1.0, 0.0)]
+    found = [{"method": m, "kept": k, "error": e} for m, k, e in points]
+    report.facts["compression"] = {
+        "budget": {"of": of, "share": 0.5},
+        "macs": {"before": 1000, "after": 500},
+        "bytes": {"before": 1000, "after": 600},
+        "layers": [],
+        "tradeoff": {"of": of, "chosen": found[1], "points": found, **others},
+    }
+    report.facts["outputs"] = [
+        {"name": "y", "samples": 8, "left_out": 0, "sqnr_db": v} for v in outputs
+    ]
+    return report
+
+
+def tradeoff(report):
+    """Label -> points of the chart, with their mark; and what it says of itself."""
+    (plot,) = of_run("m", report, [layer([(0, 1)], [(0, 1)])], "").plots
+    found = {s.label: (s.mark, [*zip(s.x, s.y, strict=True)]) for s in plot.series}
+    return found, plot
+
+
+@pytest.mark.parametrize(
+    ("of", "words", "kept"), [("macs", "MACs", 50.0), ("bytes", "bytes", 60.0)]
+)
+def test_what_other_budgets_would_cost(of, words, kept):
+    series, plot = tradeoff(compressed(of))
+    assert series["auto"] == ("line", [(25.0, pytest.approx(10)), (50.0, pytest.approx(20))])
+    assert series["weight-svd"] == ("line", [(50.0, pytest.approx(10))])
+    assert series["chosen, as expected"] == ("dot", [(50.0, pytest.approx(20))])
+    assert series["measured"] == ("dot", [(kept, 20.0)])
+    assert plot.across == f"% of {words} kept"
+    assert "with each alone" in plot.about
+    text = run_page([layer([(0, 1)], [(0, 1)])], compressed(of))
+    assert 'id="plot-tradeoff"' in text
+    legend = [a for t, a in Page(text).elements if a.get("data-chart") == "tradeoff"]
+    assert len(legend) == len(series)
+    assert "plot-tradeoff" in unpacked(text)["roots"].values()
+
+
+def test_measured_outputs_that_have_no_error_are_not_drawn():
+    series, plot = tradeoff(compressed(outputs=(20.0, 30.0, 200.0, None)))
+    assert series["measured"] == ("dot", [(50.0, 20.0), (50.0, 30.0)])
+    assert "a mark for each output" in plot.about
+    assert "measured" not in tradeoff(compressed(outputs=(None,)))[0]
+
+
+def test_one_method_is_not_set_against_itself():
+    point = {"method": "weight-svd", "kept": 0.5, "error": 0.01}
+    series, plot = tradeoff(compressed(points=[point], chosen=point))
+    assert [*series] == ["weight-svd", "chosen, as expected", "measured"]
+    assert "with each alone" not in plot.about
+
+
+def test_without_splits_there_is_no_chart_of_budgets():
+    report = compressed()
+    del report.facts["compression"]["tradeoff"]
+    assert of_run("m", report, [], "").plots == ()
+    assert of_run("m", a_report(), [], "").plots == ()
+    assert "plot-tradeoff" not in run_page([], report)
+
+
 def test_a_title_that_is_no_text():
     text = page(of_run("model\udcff.onnx", a_report(), [layer([(0, 1)], [(0, 1)], "l\udcff")], ""))
     assert "<h1>model?.onnx</h1>" in text

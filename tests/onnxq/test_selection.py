@@ -65,6 +65,48 @@ def test_optimal_is_the_least_error_there_is(table, share):
             assert loss == pytest.approx(best, abs=1e-9)
 
 
+def step_by_step(choices, needed):
+    """The greedy choice, as plain loops: what adds least error for what it saves."""
+    found, saved = {}, 0
+    while saved < needed:
+        prices = []
+        for c in choices:
+            if any({*c.covers} & {*o.covers} for o in choices if o.name in found and o is not c):
+                continue
+            now = found.get(c.name)
+            cost, loss = (now.macs, c.loss(now)) if now else (c.macs, 0.0)
+            for k in c.candidates:
+                if k.macs < cost:
+                    price = (c.loss(k) - loss) / min(cost - k.macs, needed - saved)
+                    prices.append((price, cost - k.macs, c.name, k))
+        if not prices:
+            return None
+        _, more, name, taken = min(prices, key=lambda entry: entry[:3])
+        found[name] = taken
+        saved += more
+    return found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_greedy_takes_step_by_step_what_costs_least(seed):
+    rng = np.random.default_rng(seed)
+    choices = []
+    for i in range(6):
+        whole = int(rng.integers(50, 2000))
+        left = np.sort(rng.choice(whole, 5, replace=False))[::-1]
+        pairs = zip(left.tolist(), np.sort(rng.random(5)).tolist(), strict=True)
+        covers = (f"l{i}", f"l{(i + 1) % 6}") if rng.random() < 0.3 else None
+        choices.append(choice(f"l{i}", whole, *pairs, covers=covers, effect=rng.uniform(0.1, 9)))
+    total = sum(c.macs for c in choices)
+    share = float(rng.uniform(0.3, 0.95))
+    expected = step_by_step(choices, total - int(share * total))
+    if expected is None:
+        with pytest.raises(OnnxqError, match="cannot be met"):
+            select(choices, total, Budget("macs", share), "greedy")
+    else:
+        assert select(choices, total, Budget("macs", share), "greedy") == expected
+
+
 def test_greedy_takes_what_costs_least_for_what_it_saves():
     choices = [choice("a", 100, (50, 0.1), (20, 0.5)), choice("b", 100, (60, 0.02))]
     assert {*select(choices, 200, Budget("macs", 0.8), "greedy")} == {"b"}

@@ -50,6 +50,21 @@ def test_a_budget_of_bytes_is_met():
     assert report.facts["compression"]["bytes"] == {"before": model.nbytes, "after": small.nbytes}
 
 
+@pytest.mark.parametrize("budget", ["macs", "bytes"])
+def test_what_was_chosen_lies_on_the_curve_of_all_budgets(budget):
+    model, data = blocks(), samples()
+    step = Compress(budget=budget, share=0.6, multiple=1)
+    _, report = PassManager(step)(model, data)
+    facts = report.facts["compression"]
+    found, chosen = facts["tradeoff"], facts["tradeoff"]["chosen"]
+    assert found["of"] == budget
+    assert chosen["kept"] == pytest.approx(facts[budget]["after"] / facts[budget]["before"])
+    loss = sum(layer["error"] * layer["effect"] for layer in facts["layers"])
+    assert chosen["error"] == pytest.approx(loss)
+    curve = [(p["kept"], p["error"]) for p in found["points"] if p["method"] == "auto"]
+    assert (chosen["kept"], chosen["error"]) in curve
+
+
 def test_a_budget_of_time_is_met_by_trial(monkeypatch):
     """Time that is but the number of multiply-accumulates, and some that never goes away."""
     model, data = blocks(), samples(8)
