@@ -19,6 +19,9 @@ from onnxq.second_order import SecondOrder, rows_of, supports
 
 __all__ = ["NoiseEqualization"]
 
+# Columns of a layer's input beyond which their moments are inverted in float32.
+_WIDE = 1024
+
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseEqualization:
@@ -153,8 +156,9 @@ def _noises(
 def _variances(covariance: np.ndarray) -> np.ndarray:
     """Between the variance of each entry and what the others leave of it, [K]."""
     ridge = 0.01 * float(np.trace(covariance)) / len(covariance) + 1e-30
-    damped = covariance.astype(np.float32)  # of a condition that the ridge bounds
-    damped.flat[:: len(damped) + 1] += np.float32(ridge)
+    # the ridge bounds the condition
+    damped = covariance.astype(np.float32 if len(covariance) > _WIDE else np.float64)
+    damped.flat[:: len(damped) + 1] += damped.dtype.type(ridge)
     try:
         left = inverse_diagonal(damped)
     except np.linalg.LinAlgError:
