@@ -127,7 +127,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         and row["ms"]["onnxq"][0] > (1 + TOLERANCE) * row["ms"]["onnxruntime"][0]
     ]
     lines.append(
-        f"\nonnxq slower than onnxruntime by over {TOLERANCE:.0%}: {', '.join(slower) or 'none'}"
+        f"\nslower than onnxruntime by over {TOLERANCE:.0%}: {', '.join(slower) or 'none'}"
     )
     return "\n".join(lines)
 
