@@ -157,8 +157,8 @@ def _variances(covariance: np.ndarray) -> np.ndarray:
     """Between the variance of each entry and what the others leave of it, [K]."""
     ridge = 0.01 * float(np.trace(covariance)) / len(covariance) + 1e-30
     # the ridge bounds the condition
-    damped = covariance.astype(np.float32 if len(covariance) > _WIDE else np.float64)
-    damped.flat[:: len(damped) + 1] += damped.dtype.type(ridge)
+    damped: np.ndarray = covariance.astype(np.float32 if len(covariance) > _WIDE else np.float64)
+    damped.flat[:: len(damped) + 1] += ridge
     try:
         left = inverse_diagonal(damped)
     except np.linalg.LinAlgError:
