@@ -276,7 +276,8 @@ def test_all_that_is_needed_comes_from_a_server(home, tmp_path, monkeypatch):
 
 def test_a_server_that_gives_other_scripts(home, tmp_path):
     (home / "data" / "calib" / files.LIST).write_text(sums(home / "data" / "calib"))
-    (home / "calib.py").write_text("open('/tmp/run', 'w')")
+    ran = tmp_path / "ran"
+    (home / "calib.py").write_text(f"open({str(ran)!r}, 'w')")
     with served(home) as server:
         done = command(
             *("build", "digits", "--from", tmp_path / "own", "--to", tmp_path / "out", "--quiet"),
@@ -285,6 +286,7 @@ def test_a_server_that_gives_other_scripts(home, tmp_path):
     assert done.exit_code == 1
     assert "the server gives another file" in done.stderr
     assert "calib.py" in done.stderr
+    assert not ran.exists()
     assert not (tmp_path / "own" / "calib.py").exists()
 
 
